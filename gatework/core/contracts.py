@@ -1,0 +1,295 @@
+"""What every part is: one contract per kind of part.
+
+Shapes: B batch, T time, D model width, N tokens (B*T), E experts, k slots per token.
+
+A part is an ``nn.Module`` that fills a *slot* of a model (``gate``, ``mixer``, ...). Its class says, as data, what it can
+do (``capabilities``), and its ``forward`` may leave **side outputs**: ``self.losses["name"]`` (already weighted, to be added to
+the objective) and ``self.metrics["name"]`` (detached). Assign whole dictionaries (``self.losses = {"z": loss}``): a fresh dictionary per
+call neither goes stale nor makes ``torch.compile`` guard on the last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from gatework.core.routing import Routing
+
+
+@dataclass(frozen=True)
+class No:
+    """The answer "no" to a capability, with its reason; false in a condition."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"no: {self.reason}"
+
+
+CAPABILITIES: dict[str, str] = {
+    "causal": "position t never sees a later position",
+    "decodes": "with a state, fed whole, in pieces or token by token, it gives the same outputs",
+    "packs": "`segments` keeps packed documents apart: packed equals separate",
+    "batch_invariant": "a row's output does not depend on the other rows of the batch",
+    "keeps": "`keep` computes outputs for the kept tokens only, and the clock shows it",
+    "compiles": "`torch.compile(fullgraph=True)` equals eager, and a second call of the same shape does not recompile",
+    "float64": "runs in float64",
+    "any_length": "runs at any sequence length, not one fixed when built",
+}
+
+
+class Part(nn.Module):
+    """The base of every part that is a module: slot, capabilities and side outputs.
+
+    ``slot`` is the place in a model that the part fills; ``family`` the folder that holds it (the slot's name, unless the class says
+    otherwise). ``slots`` names constructor parameters that take a part expression and are not called after their slot.
+    ``example`` holds constructor arguments for the smallest sensible instance, where the defaults are too large for a test.
+    """
+
+    slot: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    capabilities: ClassVar[Mapping[str, bool | No]] = {"compiles": True, "float64": True, "batch_invariant": True}
+    slots: ClassVar[Mapping[str, str]] = {}
+    example: ClassVar[Mapping[str, Any]] = {}
+
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses = {}
+        self.metrics = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Side outputs belong to one forward pass: a copy of the part starts without them (they may hold a graph).
+        return self.__dict__ | {"losses": {}, "metrics": {}}
+
+
+class Activation(Part):
+    """An elementwise function: ``forward(x) -> y`` for any shape and any floating dtype, y of x's shape and dtype."""
+
+    slot = family = "activation"
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Apply the function to every element."""
+
+
+class Gate(Part):
+    """Who is chosen: maps tokens to a :class:`Routing`.
+
+    A gate is built with ``d_model`` and ``n_experts``. Routing is computed in float32 (float64 stays float64) whatever the autocast
+    dtype is. A token whose ``mask`` is False gets weights of exactly 0 and enters no statistic and no loss.
+    """
+
+    slot = family = "gate"
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
+        """Route N tokens."""
+
+
+class FeedForward(Part):
+    """A token-wise (channel) mixer: acts on each token alone, whatever the leading dimensions are.
+
+    ``mask`` marks real tokens; only parts that keep statistics or route need it. A part that holds its own norm and residual sets
+    ``owns_residual``: it then takes the residual stream and returns the new one, and the block adds nothing around it.
+    """
+
+    slot = family = "feedforward"
+    owns_residual: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "*B D"], mask: Bool[Tensor, "*B"] | None = None) -> Float[Tensor, "*B D"]:
+        """Transform every token."""
+
+
+class Experts(FeedForward):
+    """A feed-forward made of experts of which a gate chooses; it fills the ``feedforward`` slot."""
+
+    family = "experts"
+
+
+@dataclass
+class State:
+    """What a sequence mixer carries from one call to the next while decoding; every tensor's first axis is the batch.
+
+    ``forward`` updates it in place (it assigns or writes into the fields). Subclasses are dataclasses of tensors, nested states, lists of them,
+    or ``None``.
+    """
+
+    def reorder(self, index: Int[Tensor, "B2"]) -> None:
+        """Keep the sequences ``index`` of the batch, in that order (beam search, or dropping finished rows)."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _select(getattr(self, field.name), index))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all tensors."""
+        return sum(_nbytes(getattr(self, field.name)) for field in dataclasses.fields(self))
+
+
+def _select(value: Any, index: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value.index_select(0, index)
+    if isinstance(value, State):
+        value.reorder(index)
+    elif isinstance(value, list):
+        return [_select(item, index) for item in value]
+    return value
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, State):
+        return value.nbytes
+    if isinstance(value, list):
+        return sum(map(_nbytes, value))
+    return 0
+
+
+class SequenceMixer(Part):
+    """Mixes along time: ``forward(x_BTD) -> y_BTD``, causal unless its capabilities say otherwise.
+
+    Without ``state`` it is the parallel (training) form. With a ``state`` from :meth:`init_state`, feeding a sequence whole, in pieces or token by
+    token gives the same outputs, and ``forward`` updates the state in place.
+
+    - ``mask`` (True = real token): padding on either side never changes a real token's output; outputs at padding are finite
+      and otherwise unspecified.
+    - ``segments`` (one id per token, equal ids contiguous): packed documents stay apart; training form only (no ``state``).
+    - ``keep`` (True = compute): the state and the keys see every token, but outputs are computed for the kept tokens only and are exactly 0
+      elsewhere. A mixer with the ``keeps`` capability really skips the rest (query and output projections, scores).
+    """
+
+    slot = family = "mixer"
+    capabilities = Part.capabilities | {  # type: ignore[operator]
+        "causal": True, "decodes": True, "packs": True, "keeps": True, "any_length": True,
+    }
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: State | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+        keep: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Mix the sequence."""
+
+    @abstractmethod
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> State:
+        """An empty state; dtype and device default to the parameters'."""
+
+    @abstractmethod
+    def state_bytes(self, length: int) -> int:
+        """Bytes that decoding keeps per sequence after ``length`` tokens, in the parameters' dtype."""
+
+
+@dataclass
+class DepthState(State):
+    """The states of the blocks of a stack, in order."""
+
+    layers: list[State]
+
+
+class DepthPolicy(Part):
+    """How a stack of blocks is executed; it owns the blocks: ``policy = Policy(blocks, ...)``, ``policy(x) -> x``.
+
+    What a policy skips is not computed. Its docstring says how decoding state stays valid for the tokens that skipped a layer: token by
+    token equals the parallel form under the same decisions.
+    """
+
+    slot = family = "depth"
+    capabilities = Part.capabilities | {"decodes": True, "packs": True}  # type: ignore[operator]
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: State | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Run the residual stream through the blocks."""
+
+    @abstractmethod
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> State:
+        """An empty decoding state for all blocks."""
+
+    @abstractmethod
+    def state_bytes(self, length: int) -> int:
+        """Bytes that decoding keeps per sequence after ``length`` tokens, all blocks together."""
+
+
+def capability(part: type | object, name: str) -> bool | No:
+    """Whether ``part`` (a class or an instance) has the capability, with the reason where it has not."""
+    if name not in CAPABILITIES:
+        raise KeyError(f"no capability {name!r}; there are {', '.join(CAPABILITIES)}")
+    cls = part if inspect.isclass(part) else type(part)
+    answers: Mapping[str, bool | No] = getattr(cls, "capabilities", {})
+    return answers.get(name, No(f"{cls.__name__} has no such notion"))
+
+
+def losses(model: nn.Module) -> dict[str, Tensor]:
+    """Hand out the losses that the last forward pass left in a model, by path; each value is handed out once.
+
+    Add their sum to the objective. Taking them out keeps a part that the next pass skips from offering a stale loss.
+    """
+    return _take(model, "losses")
+
+
+def metrics(model: nn.Module) -> dict[str, Tensor]:
+    """Hand out the (detached) metrics that the last forward pass left in a model, by path; each value is handed out once."""
+    return _take(model, "metrics")
+
+
+def _take(model: nn.Module, attribute: str) -> dict[str, Tensor]:
+    taken: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        values = getattr(module, attribute, None)
+        if isinstance(module, Part) and values:
+            taken |= {f"{path}.{name}".lstrip("."): value for name, value in values.items()}
+            setattr(module, attribute, {})
+    return taken
+
+
+def advance(model: nn.Module, step: int, total_steps: int) -> None:
+    """Move every schedule inside the parts (temperatures, balance biases, phases); call it once after each optimizer step.
+
+    ``step`` counts finished optimizer steps from 1; each part that has a schedule implements ``advance(step, total_steps)``.
+    """
+    for module in model.modules():
+        move = getattr(module, "advance", None)
+        if callable(move):
+            move(step, total_steps)
+
+
+def in_backward() -> bool:
+    """Whether this code runs inside a backward pass, that is, as the recomputation of activation checkpointing.
+
+    Statistics that accumulate over calls ask this, so that they count each token once.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+__all__ = [
+    "CAPABILITIES", "Activation", "DepthPolicy", "DepthState", "Experts", "FeedForward", "Gate", "No", "Part", "SequenceMixer",
+    "State", "advance", "capability", "in_backward", "losses", "metrics",
+]
