@@ -1,0 +1,1 @@
+"""Tasks, studies, the runner, the store, statistics and the report."""

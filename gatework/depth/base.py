@@ -1,0 +1,74 @@
+"""``Block``: one pre-norm layer made of a sequence mixer and a feed-forward, and what depth policies share."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from gatework.core.contracts import DepthPolicy, DepthState, FeedForward, SequenceMixer, State
+
+
+class Block(nn.Module):
+    """One layer: ``x = x + mixer(norm(x))``, then ``x = x + feedforward(norm(x))`` (RMS norms, eps 1e-6).
+
+    A feed-forward that owns its norm and residual takes ``x`` and returns the new ``x``. The two *branches* are public, so that a depth policy can
+    run, gate or skip each alone: :meth:`mix` and :meth:`transform` return what the branch adds to the stream.
+    """
+
+    def __init__(self, mixer: SequenceMixer, feedforward: FeedForward, d_model: int) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.mixer = mixer
+        self.feedforward_norm = None if feedforward.owns_residual else nn.RMSNorm(d_model, eps=1e-6)
+        self.feedforward = feedforward
+
+    def mix(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: State | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+        keep: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """What the mixer branch adds to the stream ``x``."""
+        return self.mixer(self.mixer_norm(x), state=state, mask=mask, segments=segments, keep=keep)
+
+    def transform(self, x: Float[Tensor, "*B D"], mask: Bool[Tensor, "*B"] | None = None) -> Float[Tensor, "*B D"]:
+        """What the feed-forward branch adds to the stream ``x``."""
+        if self.feedforward_norm is None:
+            return self.feedforward(x, mask=mask) - x
+        return self.feedforward(self.feedforward_norm(x), mask=mask)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: State | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Run the layer on the residual stream."""
+        x = x + self.mix(x, state=state, mask=mask, segments=segments)
+        if self.feedforward_norm is None:
+            return self.feedforward(x, mask=mask)
+        return x + self.transform(x, mask=mask)
+
+
+class BlockPolicy(DepthPolicy):
+    """A depth policy over :class:`Block` layers whose decoding state is the list of the mixers' states."""
+
+    def __init__(self, blocks: list[Block] | nn.ModuleList) -> None:
+        super().__init__()
+        if not len(blocks):
+            raise ValueError("a depth policy needs at least one block")
+        self.blocks = blocks if isinstance(blocks, nn.ModuleList) else nn.ModuleList(blocks)
+
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> DepthState:
+        """An empty decoding state: one mixer state per block."""
+        return DepthState([b.mixer.init_state(batch_size, dtype=dtype, device=device) for b in self.blocks])
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes per sequence after ``length`` tokens, all blocks together."""
+        return sum(block.mixer.state_bytes(length) for block in self.blocks)

@@ -1,0 +1,1 @@
+"""Backbones made of the parts."""

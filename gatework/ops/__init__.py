@@ -1,0 +1,1 @@
+"""The fast algorithms that several parts share, as pure functions on tensors."""

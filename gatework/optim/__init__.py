@@ -1,0 +1,12 @@
+"""Optimizers and learning-rate schedules."""
+
+from typing import TYPE_CHECKING, Any
+
+from gatework.core.registry import export as _export
+
+globals().update(_parts := _export(__name__))
+__all__ = sorted(_parts)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...

@@ -1,0 +1,1 @@
+"""The parts put into an existing pretrained model."""
