@@ -1,0 +1,41 @@
+# Two commands matter: `make compare` (set-up, then the main job on the bundled text) and `make test` (set-up, then every check).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+# The hook checks every shape annotation while the tests run; torch.compile cannot trace through it, so compile tests run apart.
+PYTEST := $(BIN)/python -m pytest -q
+HOOK := --jaxtyping-packages=gatework,beartype.beartype
+WORKERS ?= 2
+
+.PHONY: compare test test-all lint bench docs clean
+
+compare: $(STAMP)
+	$(BIN)/gatework compare --out runs/default
+
+test: $(STAMP) lint
+	$(PYTEST) -n $(WORKERS) -m "not slow and not compile" $(HOOK)
+	$(PYTEST) -n $(WORKERS) -m "compile and not slow"
+
+test-all: $(STAMP) lint
+	$(PYTEST) -n $(WORKERS) -m "not compile" $(HOOK)
+	$(PYTEST) -n $(WORKERS) -m "compile"
+
+lint: $(STAMP)
+	$(BIN)/ruff check gatework tests benchmarks examples docs
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/run.py
+
+$(STAMP): pyproject.toml constraints-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet -r constraints-dev.txt
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt --editable ".[bench,hf,test]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
