@@ -1,0 +1,19 @@
+"""Tanh: ``y = tanh(x)``."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatework.core.contracts import Activation
+from gatework.core.registry import register
+
+
+@register("tanh")
+class Tanh(Activation):
+    """tanh(x)."""
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Apply the function to every element."""
+        return torch.tanh(x)
