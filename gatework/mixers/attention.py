@@ -1,0 +1,268 @@
+"""``Attention``: causal softmax attention with rotary positions, grouped key-value heads and an optional sliding window.
+
+Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762, section 3.2; rotary positions: Su et al., 2021, arXiv 2104.09864; grouped heads: Ainslie et
+al., GQA, 2023, arXiv 2305.13245; q/k norm: Henry et al., 2020, arXiv 2010.04245, in today's form (RMS norm with a gain per channel, before the rotation). With
+head h of H, its key-value head g = floor(h / (H / kv_heads)), K = d_model / H:
+
+    q_h = rope(x W_q,h)    k_g = rope(x W_k,g)    v_g = x W_v,g
+    o_h,t = sum_s softmax_s(q_h,t . k_g,s / sqrt(K)) v_g,s    over the positions s <= t, s > t - window
+    y = concat_h(o_h) W_o
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from gatework.core.contracts import SequenceMixer, State
+from gatework.core.registry import register
+from gatework.mixers.base import KVCache, rotary_angles, rotate
+
+
+@register("attention")
+class Attention(SequenceMixer):
+    """Softmax attention: RoPE, grouped KV heads, sliding window, q/k norm.
+
+    ``forward(x (B, T, d_model)) -> (B, T, d_model)``.
+
+    Args:
+        d_model: width of the stream.
+        heads: query heads H; each is ``d_model / heads`` wide.
+        kv_heads: key-value heads, a divisor of ``heads``; None is ``heads``.
+        window: each token sees itself and the ``window - 1`` tokens before it; None sees all before it. Without masks the cost is then O(T window).
+        qk_norm: RMS norm (eps 1e-6, a gain per channel, shared by the heads) on q and k before the rotation.
+        rope: rotary positions; without them attention has no notion of order but causality.
+        rope_base: wavelength base of the rotary positions.
+        causal: False lets every token see both sides (then no decoding); ``window`` counts to both sides.
+
+    Padding takes no position: a token's position counts the real tokens before it in its row.
+
+    Initialisation: all weights normal with standard deviation 0.02; no biases.
+
+    Decoding keeps the rotated keys and the values of all tokens, of the last ``window`` tokens with a window (:class:`~gatework.mixers.base.KVCache`). ``keep``
+    computes keys and values for all tokens, and queries, scores and output projection for the kept ones.
+
+    Raises:
+        ValueError: for sizes that do not divide, an odd head width with ``rope``, a window below 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int = 4,
+        kv_heads: int | None = None,
+        window: int | None = None,
+        qk_norm: bool = False,
+        rope: bool = True,
+        rope_base: float = 10000.0,
+        causal: bool = True,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or d_model % heads:
+            raise ValueError(f"d_model {d_model} is not divisible by heads {heads}")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"heads {heads} is not divisible by kv_heads {kv_heads}")
+        if rope and (d_model // heads) % 2:
+            raise ValueError(f"rotary positions need an even head width, not d_model / heads = {d_model // heads}")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.d_model, self.heads, self.kv_heads, self.head_width = d_model, heads, kv_heads, d_model // heads
+        self.window, self.rope, self.rope_base, self.causal = window, rope, rope_base, causal
+        self.q_proj = nn.Linear(d_model, d_model, bias=False)
+        self.k_proj = nn.Linear(d_model, kv_heads * self.head_width, bias=False)
+        self.v_proj = nn.Linear(d_model, kv_heads * self.head_width, bias=False)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_width, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_width, eps=1e-6) if qk_norm else None
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            nn.init.normal_(linear.weight, std=0.02)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        shown = f"d_model={self.d_model}, heads={self.heads}, kv_heads={self.kv_heads}, window={self.window}"
+        return shown + f", rope={self.rope}, causal={self.causal}"
+
+    # The four stages below act on tokens alone; variants (gated_attention) override them.
+
+    def query(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B H K"]:
+        """Queries of the tokens ``x``, before norm and rotation."""
+        return self.q_proj(x).unflatten(-1, (self.heads, self.head_width))
+
+    def key(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B G K"]:
+        """Keys of the tokens ``x``, before norm and rotation."""
+        return self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_width))
+
+    def value(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B G K"]:
+        """Values of the tokens ``x``."""
+        return self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_width))
+
+    def output(self, heads: Float[Tensor, "*B H K"], x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """What the mixer returns for the tokens ``x``, from what their heads have read."""
+        return self.o_proj(heads.flatten(-2))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: State | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+        keep: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
+        batch, length, _ = x.shape
+        cache = self._cache(state, segments)
+        if cache is not None:
+            positions = cache.positions(length, mask)
+        elif mask is not None:
+            positions = mask.cumsum(1) - 1
+        else:
+            positions = torch.arange(length, device=x.device)[None]
+        cos, sin = rotary_angles(positions, self.head_width, self.rope_base, x.dtype) if self.rope else (None, None)
+        keys = self._place(self.key(x), self.k_norm, cos, sin).transpose(1, 2)
+        values = self.value(x).transpose(1, 2)
+
+        # Who may see whom: `limits` stays None where position in the tensor says it all (no padding, no packing).
+        limits = None
+        if cache is None:
+            if mask is not None or segments is not None:
+                limits = _Limits(positions, mask, segments)
+        elif mask is None and cache.real is None:
+            keys, values = cache.append(keys, values)
+        else:
+            limits = _Limits.after(cache, positions, mask)
+            if mask is None:
+                keys, values = cache.append(keys, values)
+            else:
+                past_keys, past_values = cache.used()
+                new_keys, new_values = keys, values
+                keys = torch.cat([past_keys.to(keys.dtype), keys], dim=2)
+                values = torch.cat([past_values.to(values.dtype), values], dim=2)
+                cache.append_masked(new_keys, new_values, mask)
+        keys, values = keys.to(x.dtype), values.to(x.dtype)
+
+        if keep is not None:
+            return self._kept(x, keep, cos, sin, keys, values, limits)
+        queries = self._place(self.query(x), self.q_norm, cos, sin).transpose(1, 2)
+        heads = self._attend(queries, keys, values, limits)
+        return self.output(heads.transpose(1, 2), x)
+
+    def _cache(self, state: State | None, segments: Tensor | None) -> KVCache | None:
+        if state is None:
+            return None
+        if not isinstance(state, KVCache):
+            raise ValueError(f"{type(self).__name__} continues from its own init_state, not from a {type(state).__name__}")
+        if segments is not None:
+            raise ValueError("segments are for the parallel form: packed documents cannot be decoded with a state")
+        if not self.causal:
+            raise ValueError("attention with causal=False sees later tokens: it cannot decode with a state")
+        return state
+
+    def _place(self, x: Tensor, norm: nn.RMSNorm | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """Norm and rotation of queries or keys (..., heads, K)."""
+        if norm is not None:
+            x = norm(x).to(x.dtype)
+        return x if cos is None or sin is None else rotate(x, cos, sin)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, limits: _Limits | None) -> Tensor:
+        """Heads (B, H, T, K) of the queries (B, H, T, K), the last T of the S entries being the queries' own."""
+        new, entries = queries.shape[2], keys.shape[2]
+        if limits is not None:
+            return self._sdpa(queries, keys, values, limits.allowed(self.causal, self.window))
+        windowed = self.window is not None and self.window < entries
+        if new == 1 and windowed and self.causal:
+            return self._sdpa(queries, keys[:, :, -self.window :], values[:, :, -self.window :])  # type: ignore[operator]
+        if not windowed and (new == 1 or not self.causal):
+            return self._sdpa(queries, keys, values)
+        if not windowed and new == entries:
+            return self._sdpa(queries, keys, values, causal=True)
+        entry = torch.arange(entries, device=queries.device)[None]
+        return self._sdpa(queries, keys, values, _allowed(entry[:, entries - new :], entry, self.causal, self.window))
+
+    def _kept(
+        self, x: Tensor, keep: Tensor, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, limits: _Limits | None
+    ) -> Tensor:
+        """Outputs of the kept tokens, 0 elsewhere; queries, scores and output projection run for the kept tokens only."""
+        batch, new, width = x.shape
+        rows = keep.flatten().nonzero()[:, 0]
+        x_kept = x.reshape(-1, width)[rows]
+        if cos is not None and sin is not None:
+            cos, sin = (angle.expand(batch, -1, -1).flatten(0, 1)[rows] for angle in (cos, sin))
+        queries_N = self._place(self.query(x_kept), self.q_norm, cos, sin)
+        counts = keep.sum(1)
+        most = int(counts.max()) if len(rows) else 0
+        # Each row's kept tokens, in time order, side by side; the places of shorter rows are filled with a token that is computed in vain.
+        token = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+        filled = torch.arange(most, device=x.device)[None] < counts[:, None]
+        queries = queries_N.new_zeros(batch, most, self.heads, self.head_width)
+        queries[filled] = queries_N
+        if limits is None:
+            entry = torch.arange(keys.shape[2], device=x.device)[None]
+            allowed = _allowed(token + (keys.shape[2] - new), entry, self.causal, self.window)
+        else:
+            allowed = limits.allowed(self.causal, self.window)
+            allowed = allowed.expand(batch, -1, -1).gather(1, token[:, :, None].expand(-1, -1, allowed.shape[2]))
+        heads = self._sdpa(queries.transpose(1, 2), keys, values, allowed)
+        y_kept = self.output(heads.transpose(1, 2)[filled], x_kept)
+        return y_kept.new_zeros(batch * new, width).index_copy(0, rows, y_kept).view(batch, new, width)
+
+    def _sdpa(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=None if allowed is None else allowed[:, None], is_causal=causal,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> KVCache:
+        """An empty cache; dtype and device default to the parameters'."""
+        weight = self.k_proj.weight
+        shape = (batch_size, self.kv_heads, 0, self.head_width)
+        empty = torch.empty(shape, dtype=dtype or weight.dtype, device=device or weight.device)
+        return KVCache(empty, empty.clone(), window=self.window)
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of keys and values per sequence: ``2 kv_heads K`` numbers for each of the last ``min(length, window)`` tokens."""
+        entries = length if self.window is None else min(length, self.window)
+        return 2 * self.kv_heads * self.head_width * entries * self.k_proj.weight.element_size()
+
+
+def _allowed(query: Int[Tensor, "#B T"], entry: Int[Tensor, "#B S"], causal: bool, window: int | None) -> Bool[Tensor, "#B T S"]:
+    """Which entries each query may see, by position."""
+    distance = query[:, :, None] - entry[:, None, :]
+    allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is not None:
+        allowed = allowed & (distance.abs() < window)
+    return allowed
+
+
+class _Limits:
+    """Who may see whom where padding or packing has a say."""
+
+    def __init__(self, positions: Tensor, mask: Tensor | None, segments: Tensor | None) -> None:
+        self.query = self.entry = positions
+        self.real, self.segments = mask, segments
+
+    @classmethod
+    def after(cls, cache: KVCache, positions: Tensor, mask: Tensor | None) -> _Limits:
+        """For tokens at ``positions`` that are fed behind what the cache holds."""
+        past = cache.slot_positions()
+        batch = max(len(past), len(positions), 1 if mask is None else len(mask))
+        past, positions = past.expand(batch, -1), positions.expand(batch, -1)
+        real = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask
+        limits = cls(positions, torch.cat([past >= 0, real], dim=1), None)
+        limits.entry = torch.cat([past, positions], dim=1)
+        return limits
+
+    def allowed(self, causal: bool, window: int | None) -> Tensor:
+        allowed = _allowed(self.query, self.entry, causal, window)
+        if self.real is not None:
+            allowed = allowed & self.real[:, None, :]
+        if self.segments is not None:
+            allowed = allowed & (self.segments[:, :, None] == self.segments[:, None, :])
+        # Padding sees itself, so that no row of the softmax is empty.
+        new, entries = allowed.shape[1:]
+        own = torch.arange(entries, device=allowed.device)[None] == torch.arange(entries - new, entries, device=allowed.device)[:, None]
+        return allowed | own
