@@ -5,9 +5,9 @@
 Named by the activation: ``silu`` is SwiGLU, ``gelu`` GEGLU, ``relu`` ReGLU, ``sigmoid`` the GLU of Dauphin et al. 2016
 (arXiv 1612.08083).
 
-Huang 2024 (arXiv 2405.20768) tells two orders apart for a self-gated activation ``act(v) = v * g(v)``. Order 2 is the form
-above, ``up * v * g(v)``. Order 1 leaves out the factor ``v``: ``up * g(v)``, so that ``glu(activation=xsilu, order=1)`` is a GLU
-with an expanded gate.
+Huang 2024 (arXiv 2405.20768) tells two orders apart for a self-gated activation ``act(v) = v * g(v)``. Order 2 is the
+form above, ``up * v * g(v)``. Order 1 leaves out the factor ``v``: ``up * g(v)``, so that ``glu(activation=xsilu, order=1)``
+is a GLU with an expanded gate.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class GLU(FeedForward):
 
     Args:
         d_model: width D of the input and the output.
-        d_ff: hidden width H; None is ``8/3 * d_model`` rounded up to a multiple of 8, which has about the parameters of an MLP
-            with ``4 * d_model``.
-        activation: any activation part: ``silu`` (SwiGLU), ``gelu`` (GEGLU), ``relu`` (ReGLU), ``sigmoid`` (GLU), ``xsilu``, ...
+        d_ff: hidden width H; None is ``8/3 * d_model`` rounded up to a multiple of 8, which has about the parameters of
+            an MLP with ``4 * d_model``.
+        activation: any activation part: ``silu`` (SwiGLU), ``gelu`` (GEGLU), ``relu`` (ReGLU), ``sigmoid`` (GLU), ...
         bias: whether the three linear layers have a bias.
         order: 2 multiplies by ``activation(gate(x))``, 1 by ``activation.gate(gate(x))`` (self-gated activations only).
 
