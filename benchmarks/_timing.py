@@ -32,15 +32,18 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def row(what: str, ours: float, theirs: float, ours_name: str, theirs_name: str, want: str = "", ok: bool | None = None) -> None:
-    """Print one ratio ``theirs / ours`` (above 1: ours is faster) with both sides in milliseconds, and whether it meets ``want``."""
+def row(
+    what: str, ours: float, theirs: float, ours_name: str, theirs_name: str, want: str = "", ok: bool | None = None
+) -> None:
+    """Print ``theirs / ours`` (above 1: ours is faster) with both sides in milliseconds, and whether it is ``want``."""
     ratio = theirs / ours
     verdict = "" if ok is None else ("  ok" if ok else "  NOT REACHED")
+    wanted = f"  want {want}" if want else ""
     print(
-        f"{what:<58} {ours_name} {ours * 1e3:9.3f} ms | {theirs_name} {theirs * 1e3:9.3f} ms | ratio {ratio:6.2f}"
-        f"{'  want ' + want if want else ''}{verdict}", flush=True,
+        f"{what:<58} {ours_name} {ours * 1e3:9.3f} ms | {theirs_name} {theirs * 1e3:9.3f} ms | ratio {ratio:6.2f}{wanted}{verdict}",
+        flush=True,
     )
     if path := os.environ.get("GATEWORK_BENCH_JSON"):
+        record = {"what": what, "ours": ours, "theirs": theirs, "ours_name": ours_name, "theirs_name": theirs_name}
         with open(path, "a") as file:
-            file.write(json.dumps({"what": what, "ours": ours, "theirs": theirs, "ours_name": ours_name, "theirs_name": theirs_name,
-                                   "ratio": ratio, "want": want, "ok": ok}) + "\n")
+            file.write(json.dumps(record | {"ratio": ratio, "want": want, "ok": ok}) + "\n")

@@ -2,10 +2,10 @@
 
 Shapes: B batch, T time, D model width, N tokens (B*T), E experts, k slots per token.
 
-A part is an ``nn.Module`` that fills a *slot* of a model (``gate``, ``mixer``, ...). Its class says, as data, what it can
-do (``capabilities``), and its ``forward`` may leave **side outputs**: ``self.losses["name"]`` (already weighted, to be added to
-the objective) and ``self.metrics["name"]`` (detached). Assign whole dictionaries (``self.losses = {"z": loss}``): a fresh dictionary per
-call neither goes stale nor makes ``torch.compile`` guard on the last one.
+A part is an ``nn.Module`` that fills a *slot* of a model (``gate``, ``mixer``, ...). Its class says, as data, what it
+can do (``capabilities``), and its ``forward`` may leave **side outputs**: ``self.losses["name"]`` (already weighted,
+to be added to the objective) and ``self.metrics["name"]`` (detached). Assign whole dictionaries (``self.losses =
+{"z": loss}``): a fresh dictionary per call neither goes stale nor makes ``torch.compile`` guard on the last one.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ CAPABILITIES: dict[str, str] = {
 class Part(nn.Module):
     """The base of every part that is a module: slot, capabilities and side outputs.
 
-    ``slot`` is the place in a model that the part fills; ``family`` the folder that holds it (the slot's name, unless the class says
-    otherwise). ``slots`` names constructor parameters that take a part expression and are not called after their slot.
-    ``example`` holds constructor arguments for the smallest sensible instance, where the defaults are too large for a test.
+    ``slot`` is the place in a model that the part fills; ``family`` the folder that holds it (the slot's name, unless
+    the class says otherwise). ``slots`` names constructor parameters that take a part expression and are not called
+    after their slot. ``example`` holds constructor arguments for the smallest sensible instance, where the defaults
+    are too large for a test.
     """
 
     slot: ClassVar[str] = ""
@@ -89,8 +90,9 @@ class Activation(Part):
 class Gate(Part):
     """Who is chosen: maps tokens to a :class:`Routing`.
 
-    A gate is built with ``d_model`` and ``n_experts``. Routing is computed in float32 (float64 stays float64) whatever the autocast
-    dtype is. A token whose ``mask`` is False gets weights of exactly 0 and enters no statistic and no loss.
+    A gate is built with ``d_model`` and ``n_experts``. Routing is computed in float32 (float64 stays float64)
+    whatever the autocast dtype is. A token whose ``mask`` is False gets weights of exactly 0 and enters no statistic
+    and no loss.
     """
 
     slot = family = "gate"
@@ -103,7 +105,8 @@ class Gate(Part):
 class FeedForward(Part):
     """A token-wise (channel) mixer: acts on each token alone, whatever the leading dimensions are.
 
-    ``mask`` marks real tokens; only parts that keep statistics or route need it. A part that holds its own norm and residual sets
+    ``mask`` marks real tokens; only parts that keep statistics or route need it. A part that holds its own norm and
+    residual sets
     ``owns_residual``: it then takes the residual stream and returns the new one, and the block adds nothing around it.
     """
 
@@ -125,8 +128,8 @@ class Experts(FeedForward):
 class State:
     """What a sequence mixer carries from one call to the next while decoding; every tensor's first axis is the batch.
 
-    ``forward`` updates it in place (it assigns or writes into the fields). Subclasses are dataclasses of tensors, nested states, lists of them,
-    or ``None``.
+    ``forward`` updates it in place (it assigns or writes into the fields). Subclasses are dataclasses of tensors,
+    nested states, lists of them, or ``None``.
     """
 
     def reorder(self, index: Int[Tensor, "B2"]) -> None:
@@ -163,14 +166,16 @@ def _nbytes(value: Any) -> int:
 class SequenceMixer(Part):
     """Mixes along time: ``forward(x_BTD) -> y_BTD``, causal unless its capabilities say otherwise.
 
-    Without ``state`` it is the parallel (training) form. With a ``state`` from :meth:`init_state`, feeding a sequence whole, in pieces or token by
-    token gives the same outputs, and ``forward`` updates the state in place.
+    Without ``state`` it is the parallel (training) form. With a ``state`` from :meth:`init_state`, feeding a sequence
+    whole, in pieces or token by token gives the same outputs, and ``forward`` updates the state in place.
 
-    - ``mask`` (True = real token): padding on either side never changes a real token's output; outputs at padding are finite
-      and otherwise unspecified.
-    - ``segments`` (one id per token, equal ids contiguous): packed documents stay apart; training form only (no ``state``).
-    - ``keep`` (True = compute): the state and the keys see every token, but outputs are computed for the kept tokens only and are exactly 0
-      elsewhere. A mixer with the ``keeps`` capability really skips the rest (query and output projections, scores).
+    - ``mask`` (True = real token): padding on either side never changes a real token's output; outputs at padding are
+      finite and otherwise unspecified.
+    - ``segments`` (one id per token, equal ids contiguous): packed documents stay apart; training form only (no
+      ``state``).
+    - ``keep`` (True = compute): the state and the keys see every token, but outputs are computed for the kept tokens
+      only and are exactly 0 elsewhere. A mixer with the ``keeps`` capability really skips the rest (query and output
+      projections, scores).
     """
 
     slot = family = "mixer"
@@ -210,8 +215,8 @@ class DepthState(State):
 class DepthPolicy(Part):
     """How a stack of blocks is executed; it owns the blocks: ``policy = Policy(blocks, ...)``, ``policy(x) -> x``.
 
-    What a policy skips is not computed. Its docstring says how decoding state stays valid for the tokens that skipped a layer: token by
-    token equals the parallel form under the same decisions.
+    What a policy skips is not computed. Its docstring says how decoding state stays valid for the tokens that skipped
+    a layer: token by token equals the parallel form under the same decisions.
     """
 
     slot = family = "depth"
@@ -256,7 +261,8 @@ def losses(model: nn.Module) -> dict[str, Tensor]:
 
 
 def metrics(model: nn.Module) -> dict[str, Tensor]:
-    """Hand out the (detached) metrics that the last forward pass left in a model, by path; each value is handed out once."""
+    """Hand out the (detached) metrics that the last forward pass left in a model, by path; each value is handed out
+    once."""
     return _take(model, "metrics")
 
 
@@ -271,9 +277,11 @@ def _take(model: nn.Module, attribute: str) -> dict[str, Tensor]:
 
 
 def advance(model: nn.Module, step: int, total_steps: int) -> None:
-    """Move every schedule inside the parts (temperatures, balance biases, phases); call it once after each optimizer step.
+    """Move every schedule inside the parts (temperatures, balance biases, phases); call it once after each optimizer
+    step.
 
-    ``step`` counts finished optimizer steps from 1; each part that has a schedule implements ``advance(step, total_steps)``.
+    ``step`` counts finished optimizer steps from 1; each part that has a schedule implements ``advance(step,
+    total_steps)``.
     """
     for module in model.modules():
         move = getattr(module, "advance", None)

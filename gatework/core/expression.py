@@ -1,4 +1,5 @@
-"""Part expressions: ``moe(experts=8, gate=topk(k=2))``, parsed with ``ast``, never evaluated, printed back canonically."""
+"""Part expressions: ``moe(experts=8, gate=topk(k=2))``, parsed with ``ast``, never evaluated, printed back
+canonically."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ MAX_DEPTH = 20
 
 @dataclass(frozen=True)
 class Spec:
-    """A part by name with its keyword arguments, not built yet; ``str`` prints it as an expression that parses back to an equal one."""
+    """A part by name with its keyword arguments, not built yet; ``str`` prints it as an expression that parses back
+    to an equal one."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +55,8 @@ def parse(text: str) -> Spec:
 
 
 def parse_pattern(text: str) -> list[Spec]:
-    """Read a comma-separated pattern of expressions, ``"gla, gla, attention(heads=4)"``; a single expression is a pattern of one."""
+    """Read a comma-separated pattern of expressions, ``"gla, gla, attention(heads=4)"``; a single expression is a
+    pattern of one."""
     return [parse(piece) for piece in _split(text)]
 
 

@@ -1,7 +1,7 @@
 """The registry: parts by name, looked up with did-you-mean errors, checked against their signatures, built.
 
-``@register("golu", paper="golu")`` enters a class; its contract says which slot it fills. Everything else (listing, contract tests, docs, the command
-line) is derived from here.
+``@register("golu", paper="golu")`` enters a class; its contract says which slot it fills. Everything else (listing,
+contract tests, docs, the command line) is derived from here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from gatework.core.contracts import CAPABILITIES
 from gatework.core.errors import PartError
 from gatework.core.expression import Spec, parse, parse_pattern
 
-#: The packages that hold parts. They are imported by name when a part is looked up, so that ``core`` depends on none of them.
+# : The packages that hold parts. They are imported by name when a part is looked up, so that ``core`` depends on none
+# of them.
 PACKAGES = (
     "activations", "gates", "experts", "feedforward", "mixers", "depth", "weights", "optim", "learners",
 )
@@ -64,7 +65,8 @@ C = TypeVar("C", bound=type)
 def register(name: str, paper: str | None = None) -> Callable[[C], C]:
     """Enter a class into the registry under ``name`` (lower case, unique over all slots).
 
-    ``paper`` is the key of its entry in ``papers.toml``. The class derives from a contract, which gives it its ``slot`` and ``family``.
+    ``paper`` is the key of its entry in ``papers.toml``. The class derives from a contract, which gives it its
+    ``slot`` and ``family``.
     """
 
     def enter(cls: C) -> C:
@@ -237,9 +239,9 @@ def _describe(hint: Any) -> str:
 def build(part: str | Spec | type | nn.Module, slot: str | None = None, /, **context: Any) -> Any:
     """Build a part from an expression, a class, or an instance (which is returned as it is).
 
-    ``context`` offers what the model around the part knows (``d_model``, ``heads``, ``d_ff``, ``n_experts``, ``blocks``, ...): each is
-    passed on if the constructor has a parameter of that name and the expression does not give it. ``d_model`` and ``n_experts`` belong to the model: an
-    expression that gives another value is refused.
+    ``context`` offers what the model around the part knows (``d_model``, ``heads``, ``d_ff``, ``n_experts``,
+    ``blocks``, ...): each is passed on if the constructor has a parameter of that name and the expression does not
+    give it. ``d_model`` and ``n_experts`` belong to the model: an expression that gives another value is refused.
 
     Raises:
         PartError: unknown part or argument, wrong type, sizes that do not fit, a required argument that nobody gave.
@@ -268,7 +270,8 @@ def build(part: str | Spec | type | nn.Module, slot: str | None = None, /, **con
 
 
 def build_pattern(pattern: str | Spec | type | list[Any], slot: str, count: int, /, **context: Any) -> list[Any]:
-    """Build ``count`` parts from a pattern that is repeated along the layers: ``"gla,gla,attention"`` for 6 layers twice.
+    """Build ``count`` parts from a pattern that is repeated along the layers: ``"gla,gla,attention"`` for 6 layers
+    twice.
 
     Raises:
         PartError: if the pattern is longer than ``count``, or is an instance (layers would share it).

@@ -13,8 +13,8 @@ from torch import Tensor
 class Routing:
     """A sparse N x E matrix in slot form: token n uses expert ``experts[n, j]`` with weight ``weights[n, j]``.
 
-    A slot whose weight is exactly 0 is empty and costs nothing; its expert id is valid but without meaning. A token never names one expert in
-    two non-empty slots.
+    A slot whose weight is exactly 0 is empty and costs nothing; its expert id is valid but without meaning. A token
+    never names one expert in two non-empty slots.
 
     Attributes:
         weights: (N, k), differentiable.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -12,8 +14,9 @@ from gatework.core.contracts import DepthPolicy, DepthState, FeedForward, Sequen
 class Block(nn.Module):
     """One layer: ``x = x + mixer(norm(x))``, then ``x = x + feedforward(norm(x))`` (RMS norms, eps 1e-6).
 
-    A feed-forward that owns its norm and residual takes ``x`` and returns the new ``x``. The two *branches* are public, so that a depth policy can
-    run, gate or skip each alone: :meth:`mix` and :meth:`transform` return what the branch adds to the stream.
+    A feed-forward that owns its norm and residual takes ``x`` and returns the new ``x``. The two *branches* are
+    public, so that a depth policy can run, gate or skip each alone: :meth:`mix` and :meth:`transform` return what the
+    branch adds to the stream.
     """
 
     def __init__(self, mixer: SequenceMixer, feedforward: FeedForward, d_model: int) -> None:
@@ -63,12 +66,17 @@ class BlockPolicy(DepthPolicy):
             raise ValueError("a depth policy needs at least one block")
         self.blocks = blocks if isinstance(blocks, nn.ModuleList) else nn.ModuleList(blocks)
 
+    @property
+    def mixers(self) -> list[SequenceMixer]:
+        """The blocks' sequence mixers, first to last."""
+        return [cast(Block, block).mixer for block in self.blocks]
+
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> DepthState:
         """An empty decoding state: one mixer state per block."""
-        return DepthState([b.mixer.init_state(batch_size, dtype=dtype, device=device) for b in self.blocks])
+        return DepthState([mixer.init_state(batch_size, dtype=dtype, device=device) for mixer in self.mixers])
 
     def state_bytes(self, length: int) -> int:
         """Bytes per sequence after ``length`` tokens, all blocks together."""
-        return sum(block.mixer.state_bytes(length) for block in self.blocks)
+        return sum(mixer.state_bytes(length) for mixer in self.mixers)

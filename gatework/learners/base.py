@@ -18,12 +18,14 @@ Batch = tuple[Tensor, Tensor]
 class Learner(ABC):
     """A learning rule: owns the model, a loss and an optimizer.
 
-    ``estimate(batch)`` fills ``p.grad`` and returns the losses, detached (``{"loss": ...}`` at least); ``step(batch)`` is estimate, optimizer step,
-    schedule step, ``core.advance`` and whatever else the rule updates; ``predict(x)`` is the rule's own inference; ``state_dict()`` holds
-    all that it keeps, the model's parameters, the optimizer, the schedule and the step count included.
+    ``estimate(batch)`` fills ``p.grad`` and returns the losses, detached (``{"loss": ...}`` at least);
+    ``step(batch)`` is estimate, optimizer step, schedule step, ``core.advance`` and whatever else the rule updates;
+    ``predict(x)`` is the rule's own inference; ``state_dict()`` holds all that it keeps, the model's parameters, the
+    optimizer, the schedule and the step count included.
 
     Args:
-        model: maps the batch's input to the output; rules that work block by block need ``model.blocks`` and ``model.head`` (``requires``).
+        model: maps the batch's input to the output; rules that work block by block need ``model.blocks`` and
+            ``model.head`` (``requires``).
         loss_fn: ``loss_fn(model(x), y)`` -> scalar.
         optimizer: over the model's parameters.
         schedule: stepped once after each optimizer step.

@@ -16,12 +16,13 @@ from gatework.depth.base import Block
 class Classifier(nn.Module):
     """A classifier of small pictures or signals: stem and ``blocks`` run in order, then a linear ``head``.
 
-    - ``mlp``: the input is flattened; each block is a linear layer of width ``d_model`` and the activation. With a ``feedforward`` the first block
-      is the linear stem and every further one is ``x + feedforward(norm(x))``.
-    - ``convnet``: each block is a 3-wide convolution with the activation and a pooling by 2 (as long as there is something to pool), widths doubling from
-      ``d_model / 4`` up to ``d_model``; global average pooling; 1-D and 2-D inputs.
-    - ``vit``: ``patch``-wide patches (linear), learned positions, ``layers`` pre-norm blocks of ``mixer`` and ``feedforward`` under a ``depth`` policy, RMS
-      norm, mean over the patches.
+    - ``mlp``: the input is flattened; each block is a linear layer of width ``d_model`` and the activation. With a
+      ``feedforward`` the first block is the linear stem and every further one is ``x + feedforward(norm(x))``.
+    - ``convnet``: each block is a 3-wide convolution with the activation and a pooling by 2 (as long as there is
+      something to pool), widths doubling from ``d_model / 4`` up to ``d_model``; global average pooling; 1-D and 2-D
+      inputs.
+    - ``vit``: ``patch``-wide patches (linear), learned positions, ``layers`` pre-norm blocks of ``mixer`` and
+      ``feedforward`` under a ``depth`` policy, RMS norm, mean over the patches.
 
     Args:
         input_shape: (C, H, W) or (C, L), without the batch.
@@ -30,7 +31,8 @@ class Classifier(nn.Module):
         d_model: width.
         layers: number of blocks.
         activation: of ``mlp`` and ``convnet``; each block gets its own.
-        heads, d_ff, mixer, feedforward, depth: as in :class:`gatework.models.Decoder` (``vit``; ``feedforward`` also ``mlp``). The mixer need not be causal.
+        heads, d_ff, mixer, feedforward, depth: as in :class:`gatework.models.Decoder` (``vit``; ``feedforward`` also
+        ``mlp``). The mixer need not be causal.
         patch: side of a patch in the ``vit``.
 
     Raises:
@@ -135,7 +137,7 @@ class Classifier(nn.Module):
         blocks: nn.ModuleList = self.depth.blocks  # type: ignore[assignment]
         return blocks
 
-    def forward(self, x: Float[Tensor, "B *shape"]) -> Float[Tensor, "B C"]:
+    def forward(self, x: Float[Tensor, B *shape]) -> Float[Tensor, "B C"]:
         """Logits of the classes."""
         if tuple(x.shape[1:]) != self.input_shape:
             raise PartError(f"this classifier was built for inputs of shape {self.input_shape}, not {tuple(x.shape[1:])}")

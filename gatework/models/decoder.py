@@ -17,8 +17,9 @@ from gatework.depth.base import Block
 class Decoder(nn.Module):
     """A causal language model: token embedding, blocks run by a depth policy, RMS norm, (tied) head.
 
-    Each of ``mixer``, ``feedforward`` and ``depth`` is a part expression, a class, or for the first two a comma-separated pattern that repeats along the layers:
-    ``mixer="gla, gla, attention"``. The model's widths are offered to every part; what an expression gives wins, except ``d_model``.
+    Each of ``mixer``, ``feedforward`` and ``depth`` is a part expression, a class, or for the first two a
+    comma-separated pattern that repeats along the layers: ``mixer="gla, gla, attention"``. The model's widths are
+    offered to every part; what an expression gives wins, except ``d_model``.
 
     Args:
         vocab_size: number of token ids.
@@ -31,7 +32,8 @@ class Decoder(nn.Module):
         depth: depth policy.
         tie_embeddings: the head shares the embedding's weight.
 
-    Initialisation: the embedding is normal with standard deviation 0.02; an untied head likewise; every part starts as its paper says.
+    Initialisation: the embedding is normal with standard deviation 0.02; an untied head likewise; every part starts
+        as its paper says.
 
     Raises:
         PartError: unknown parts, sizes that do not fit, a mixer that is not causal.
@@ -67,9 +69,9 @@ class Decoder(nn.Module):
         mixers = build_pattern(mixer, "mixer", layers, **context)
         for part in mixers:
             if not (answer := capability(part, "causal")):
-                raise PartError(f"{type(part).__name__} cannot be the mixer of a language model: it is not causal ({answer})")
+                raise PartError(f"{type(part).__name__} is not causal, so it cannot be the mixer of a language model ({answer})")
             if getattr(part, "causal", True) is False:
-                raise PartError(f"a language model needs a causal mixer: {type(part).__name__} was built with causal=false")
+                raise PartError(f"a language model needs a causal mixer, and this {type(part).__name__} has causal=false")
         feedforwards = build_pattern(feedforward, "feedforward", layers, **context)
         blocks = nn.ModuleList(Block(m, f, d_model) for m, f in zip(mixers, feedforwards, strict=True))
         self.depth = build(depth, "depth", blocks=blocks, **context)
@@ -95,8 +97,8 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "B T V"]:
         """Logits of the next token at every position.
 
-        ``state`` (from :meth:`init_state`) makes this a decoding step that continues after everything fed before; ``mask`` marks real
-        tokens (padding on either side); ``segments`` keeps packed documents apart.
+        ``state`` (from :meth:`init_state`) makes this a decoding step that continues after everything fed before;
+        ``mask`` marks real tokens (padding on either side); ``segments`` keeps packed documents apart.
         """
         x = self.embedding(tokens)
         x = self.depth(x, state=state, mask=mask, segments=segments)

@@ -14,8 +14,8 @@ from gatework.core.contracts import No
 class Optimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` in the ``optim`` slot: ``Optimizer(params, lr=..., ..., foreach=True)``.
 
-    Everything it keeps is in ``param_groups`` or ``state`` (nothing in Python attributes), so that ``state_dict`` resumes bit for bit. States of
-    bf16 and fp16 parameters are float32.
+    Everything it keeps is in ``param_groups`` or ``state`` (nothing in Python attributes), so that ``state_dict``
+    resumes bit for bit. States of bf16 and fp16 parameters are float32.
     """
 
     slot: ClassVar[str] = "optim"
