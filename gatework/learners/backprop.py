@@ -18,8 +18,8 @@ from gatework.learners.base import Batch, Learner, Loss
 class Backprop(Learner):
     """Plain back-propagation: the loss's gradient, clipped, one optimizer step.
 
-    The objective is ``loss_fn(model(x), y)`` plus all losses that parts leave behind (``core.losses``). ``step`` never waits for the device: the returned
-    losses are detached tensors.
+    The objective is ``loss_fn(model(x), y)`` plus all losses that parts leave behind (``core.losses``). ``step``
+    never waits for the device: the returned losses are detached tensors.
 
     Args:
         model: maps the batch's input to the output.
@@ -51,7 +51,8 @@ class Backprop(Learner):
         self.steps = 0
 
     def estimate(self, batch: Batch) -> dict[str, Tensor]:
-        """Fill ``p.grad`` with the gradient of the objective; returns ``loss`` (the task's) and each part's loss by path."""
+        """Fill ``p.grad`` with the gradient of the objective; returns ``loss`` (the task's) and each part's loss by
+        path."""
         x, y = batch
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss_fn(self.model(x), y)

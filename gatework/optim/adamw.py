@@ -1,4 +1,5 @@
-"""``AdamW``: PyTorch's own multi-tensor AdamW in the ``optim`` slot, the baseline optimizer (Loshchilov and Hutter, 2017, arXiv 1711.05101)."""
+"""``AdamW``: PyTorch's own multi-tensor AdamW in the ``optim`` slot, the baseline optimizer (Loshchilov and Hutter,
+    2017, arXiv 1711.05101)."""
 
 from __future__ import annotations
 

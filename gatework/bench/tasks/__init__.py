@@ -1,0 +1,44 @@
+"""The tasks: data, a loss and a score, by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from gatework.bench.tasks.base import Batch, Predict, Split, SupervisedTask, Task
+from gatework.bench.tasks.digits import Digits
+from gatework.bench.tasks.mnist1d import MNIST1D
+from gatework.bench.tasks.recall import Recall
+from gatework.bench.tasks.text import Text
+from gatework.core.errors import GateworkError
+from gatework.core.registry import suggest
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Digits, MNIST1D, Recall)}
+
+
+def task_class(name: str) -> type[Task]:
+    """The task called ``name``.
+
+    Raises:
+        GateworkError: saying what was meant and what exists.
+    """
+    if name not in TASKS:
+        raise GateworkError(f"no task {name!r}; {suggest(name, TASKS)}")
+    return TASKS[name]
+
+
+def make_task(name: str, **options: Any) -> Task:
+    """Load the task called ``name`` with its options.
+
+    Raises:
+        GateworkError: unknown task or option, data that does not serve.
+    """
+    cls = task_class(name)
+    known = list(inspect.signature(cls).parameters)
+    for option in options:
+        if option not in known:
+            raise GateworkError(f"the task {name} has no option {option!r}; {suggest(option, known) if known else 'it has none'}")
+    return cls(**options)
+
+
+__all__ = ["TASKS", "Batch", "Predict", "Split", "SupervisedTask", "Task", "make_task", "task_class"]
