@@ -1,8 +1,8 @@
 """``Attention``: causal softmax attention with rotary positions, grouped key-value heads and an optional sliding window.
 
-Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762, section 3.2; rotary positions: Su et al., 2021, arXiv 2104.09864; grouped heads: Ainslie et
-al., GQA, 2023, arXiv 2305.13245; q/k norm: Henry et al., 2020, arXiv 2010.04245, in today's form (RMS norm with a gain per channel, before the rotation). With
-head h of H, its key-value head g = floor(h / (H / kv_heads)), K = d_model / H:
+Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762, section 3.2; rotary positions: Su et al., 2021, arXiv 2104.09864;
+grouped heads: Ainslie et al., GQA, 2023, arXiv 2305.13245; q/k norm: Henry et al., 2020, arXiv 2010.04245, in today's form (RMS norm
+with a gain per channel, before the rotation). With head h of H, its key-value head g = floor(h / (H / kv_heads)), K = d_model / H:
 
     q_h = rope(x W_q,h)    k_g = rope(x W_k,g)    v_g = x W_v,g
     o_h,t = sum_s softmax_s(q_h,t . k_g,s / sqrt(K)) v_g,s    over the positions s <= t, s > t - window
@@ -20,6 +20,11 @@ from gatework.core.contracts import SequenceMixer, State
 from gatework.core.registry import register
 from gatework.mixers.base import KVCache, rotary_angles, rotate
 
+#: Least block of the sliding window's parallel form, and queries per step over kept tokens: large enough that a block's products
+#: outweigh its overhead.
+BLOCK = 64
+KEPT_CHUNK = 128
+
 
 @register("attention")
 class Attention(SequenceMixer):
@@ -31,7 +36,8 @@ class Attention(SequenceMixer):
         d_model: width of the stream.
         heads: query heads H; each is ``d_model / heads`` wide.
         kv_heads: key-value heads, a divisor of ``heads``; None is ``heads``.
-        window: each token sees itself and the ``window - 1`` tokens before it; None sees all before it. Without masks the cost is then O(T window).
+        window: each token sees itself and the ``window - 1`` tokens before it; None sees all before it. The causal parallel form
+            without padding costs O(T window).
         qk_norm: RMS norm (eps 1e-6, a gain per channel, shared by the heads) on q and k before the rotation.
         rope: rotary positions; without them attention has no notion of order but causality.
         rope_base: wavelength base of the rotary positions.
@@ -41,8 +47,9 @@ class Attention(SequenceMixer):
 
     Initialisation: all weights normal with standard deviation 0.02; no biases.
 
-    Decoding keeps the rotated keys and the values of all tokens, of the last ``window`` tokens with a window (:class:`~gatework.mixers.base.KVCache`). ``keep``
-    computes keys and values for all tokens, and queries, scores and output projection for the kept ones.
+    Decoding keeps the rotated keys and the values of all tokens, with a window of the last ``window`` tokens
+    (:class:`~gatework.mixers.base.KVCache`). ``keep`` computes keys and values for all tokens, and queries, scores and output
+    projection for the kept ones.
 
     Raises:
         ValueError: for sizes that do not divide, an odd head width with ``rope``, a window below 1.
@@ -112,7 +119,7 @@ class Attention(SequenceMixer):
         keep: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
-        batch, length, _ = x.shape
+        length = x.shape[1]
         cache = self._cache(state, segments)
         if cache is not None:
             positions = cache.positions(length, mask)
@@ -128,7 +135,7 @@ class Attention(SequenceMixer):
         limits = None
         if cache is None:
             if mask is not None or segments is not None:
-                limits = _Limits(positions, mask, segments)
+                limits = _Limits.parallel(positions, mask, segments)
         elif mask is None and cache.real is None:
             keys, values = cache.append(keys, values)
         else:
@@ -141,8 +148,6 @@ class Attention(SequenceMixer):
                 keys = torch.cat([past_keys.to(keys.dtype), keys], dim=2)
                 values = torch.cat([past_values.to(values.dtype), values], dim=2)
                 cache.append_masked(new_keys, new_values, mask)
-        keys, values = keys.to(x.dtype), values.to(x.dtype)
-
         if keep is not None:
             return self._kept(x, keep, cos, sin, keys, values, limits)
         queries = self._place(self.query(x), self.q_norm, cos, sin).transpose(1, 2)
@@ -168,18 +173,41 @@ class Attention(SequenceMixer):
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, limits: _Limits | None) -> Tensor:
         """Heads (B, H, T, K) of the queries (B, H, T, K), the last T of the S entries being the queries' own."""
-        new, entries = queries.shape[2], keys.shape[2]
+        new, entries, window = queries.shape[2], keys.shape[2], self.window
         if limits is not None:
-            return self._sdpa(queries, keys, values, limits.allowed(self.causal, self.window))
-        windowed = self.window is not None and self.window < entries
-        if new == 1 and windowed and self.causal:
-            return self._sdpa(queries, keys[:, :, -self.window :], values[:, :, -self.window :])  # type: ignore[operator]
-        if not windowed and (new == 1 or not self.causal):
-            return self._sdpa(queries, keys, values)
-        if not windowed and new == entries:
-            return self._sdpa(queries, keys, values, causal=True)
+            return self._sdpa(queries, keys, values, limits.allowed(self.causal, window))
+        if window is None or window >= entries:
+            if new == 1 or not self.causal:
+                return self._sdpa(queries, keys, values)
+            if new == entries:
+                return self._sdpa(queries, keys, values, causal=True)
+        elif self.causal and new == 1:
+            return self._sdpa(queries, keys[:, :, -window:], values[:, :, -window:])
+        elif self.causal and new == entries and entries > max(window, BLOCK):
+            return self._banded(queries, keys, values, window)
         entry = torch.arange(entries, device=queries.device)[None]
-        return self._sdpa(queries, keys, values, _allowed(entry[:, entries - new :], entry, self.causal, self.window))
+        return self._sdpa(queries, keys, values, _allowed(entry[:, entries - new :], entry, self.causal, window))
+
+    def _banded(self, queries: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
+        """The causal window in blocks of c >= window tokens: a block's queries see its own keys and those of the block before."""
+        length, c = queries.shape[2], max(window, BLOCK)
+        blocks = -(-length // c)
+        queries, keys, values = (F.pad(x, (0, 0, 0, blocks * c - length)) for x in (queries, keys, values))
+        first = self._sdpa(queries[:, :, :c], keys[:, :, :c], values[:, :, :c], self._band(c, c, window, queries.device))
+
+        def pairs(x: Tensor) -> Tensor:
+            return torch.cat([fold(x[:, :, :-c]), fold(x[:, :, c:])], dim=2)
+
+        def fold(x: Tensor) -> Tensor:
+            return x.unflatten(2, (blocks - 1, c)).transpose(1, 2).flatten(0, 1)
+
+        rest = self._sdpa(fold(queries[:, :, c:]), pairs(keys), pairs(values), self._band(c, 2 * c, window, queries.device))
+        rest = rest.unflatten(0, (-1, blocks - 1)).transpose(1, 2).flatten(2, 3)
+        return torch.cat([first, rest], dim=2)[:, :, :length]
+
+    def _band(self, new: int, entries: int, window: int, device: torch.device) -> Tensor:
+        entry = torch.arange(entries, device=device)[None]
+        return _allowed(entry[:, entries - new :], entry, self.causal, window)
 
     def _kept(
         self, x: Tensor, keep: Tensor, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, limits: _Limits | None
@@ -187,31 +215,49 @@ class Attention(SequenceMixer):
         """Outputs of the kept tokens, 0 elsewhere; queries, scores and output projection run for the kept tokens only."""
         batch, new, width = x.shape
         rows = keep.flatten().nonzero()[:, 0]
-        x_kept = x.reshape(-1, width)[rows]
+        x_N = x.reshape(-1, width)[rows]
         if cos is not None and sin is not None:
             cos, sin = (angle.expand(batch, -1, -1).flatten(0, 1)[rows] for angle in (cos, sin))
-        queries_N = self._place(self.query(x_kept), self.q_norm, cos, sin)
-        counts = keep.sum(1)
-        most = int(counts.max()) if len(rows) else 0
-        # Each row's kept tokens, in time order, side by side; the places of shorter rows are filled with a token that is computed in vain.
-        token = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
-        filled = torch.arange(most, device=x.device)[None] < counts[:, None]
-        queries = queries_N.new_zeros(batch, most, self.heads, self.head_width)
-        queries[filled] = queries_N
-        if limits is None:
-            entry = torch.arange(keys.shape[2], device=x.device)[None]
-            allowed = _allowed(token + (keys.shape[2] - new), entry, self.causal, self.window)
-        else:
-            allowed = limits.allowed(self.causal, self.window)
-            allowed = allowed.expand(batch, -1, -1).gather(1, token[:, :, None].expand(-1, -1, allowed.shape[2]))
-        heads = self._sdpa(queries.transpose(1, 2), keys, values, allowed)
-        y_kept = self.output(heads.transpose(1, 2)[filled], x_kept)
-        return y_kept.new_zeros(batch * new, width).index_copy(0, rows, y_kept).view(batch, new, width)
+        queries_N = self._place(self.query(x_N), self.q_norm, cos, sin)
+        heads_N = self._attend_kept(queries_N, rows, keep, keys, values, limits)
+        y_N = self.output(heads_N, x_N)
+        return y_N.new_zeros(batch * new, width).index_copy(0, rows, y_N).view(batch, new, width)
+
+    def _attend_kept(
+        self, queries_N: Tensor, rows: Tensor, keep: Tensor, keys: Tensor, values: Tensor, limits: _Limits | None
+    ) -> Tensor:
+        """Heads (N, H, K) of the kept queries (N, H, K), which stand at the flat places ``rows``."""
+        batch, new = keep.shape
+        past, device = keys.shape[2] - new, keep.device
+        # Each row's kept tokens in time order, side by side; a shorter row ends in places that are computed in vain.
+        rank = keep.cumsum(1)[keep] - 1
+        row, token_N = rows // new, rows % new
+        most = int(rank.max()) + 1 if len(rows) else 0
+        place = row * most + rank
+        token = token_N.new_zeros(batch * most).index_copy(0, place, token_N).view(batch, most)
+        queries = queries_N.new_zeros(batch * most, *queries_N.shape[1:]).index_copy(0, place, queries_N)
+        queries = queries.view(batch, most, *queries_N.shape[1:]).transpose(1, 2)
+        # Chunks of queries, each against no later keys than its last one needs, and with a window no earlier ones.
+        starts = range(0, most, KEPT_CHUNK)
+        last = [int(t) for t in torch.stack([token[:, s : s + KEPT_CHUNK].amax() for s in starts])] if most else []
+        heads = []
+        for start, final in zip(starts, last, strict=True):
+            chunk = token[:, start : start + KEPT_CHUNK]
+            end = past + final + 1 if self.causal else keys.shape[2]
+            if limits is None:
+                entry = torch.arange(end, device=device)[None]
+                allowed = _allowed(chunk + past, entry, self.causal, self.window)
+            else:
+                allowed = limits.allowed(self.causal, self.window, chunk)[:, :, :end]
+            heads.append(self._sdpa(queries[:, :, start : start + KEPT_CHUNK], keys[:, :, :end], values[:, :, :end], allowed))
+        if not heads:
+            return queries_N
+        return torch.cat(heads, dim=2).transpose(1, 2).flatten(0, 1)[place]
 
     def _sdpa(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
         return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=None if allowed is None else allowed[:, None], is_causal=causal,
-            enable_gqa=self.kv_heads != self.heads,
+            queries, keys.to(queries.dtype), values.to(queries.dtype), is_causal=causal,
+            attn_mask=None if allowed is None else allowed[:, None], enable_gqa=self.kv_heads != self.heads,
         )
 
     def init_state(
@@ -239,30 +285,37 @@ def _allowed(query: Int[Tensor, "#B T"], entry: Int[Tensor, "#B S"], causal: boo
 
 
 class _Limits:
-    """Who may see whom where padding or packing has a say."""
+    """Who may see whom where padding or packing has a say: T queries, the last of S entries being their own."""
 
-    def __init__(self, positions: Tensor, mask: Tensor | None, segments: Tensor | None) -> None:
-        self.query = self.entry = positions
-        self.real, self.segments = mask, segments
+    def __init__(self, query: Tensor, entry: Tensor, real: Tensor | None, segments: Tensor | None) -> None:
+        self.query, self.entry, self.real, self.segments = query, entry, real, segments
+
+    @classmethod
+    def parallel(cls, positions: Tensor, mask: Tensor | None, segments: Tensor | None) -> _Limits:
+        """For a sequence of its own."""
+        return cls(positions, positions, mask, segments)
 
     @classmethod
     def after(cls, cache: KVCache, positions: Tensor, mask: Tensor | None) -> _Limits:
         """For tokens at ``positions`` that are fed behind what the cache holds."""
         past = cache.slot_positions()
-        batch = max(len(past), len(positions), 1 if mask is None else len(mask))
+        batch = max(len(past), len(positions))
         past, positions = past.expand(batch, -1), positions.expand(batch, -1)
         real = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask
-        limits = cls(positions, torch.cat([past >= 0, real], dim=1), None)
-        limits.entry = torch.cat([past, positions], dim=1)
-        return limits
+        return cls(positions, torch.cat([past, positions], dim=1), torch.cat([past >= 0, real], dim=1), None)
 
-    def allowed(self, causal: bool, window: int | None) -> Tensor:
-        allowed = _allowed(self.query, self.entry, causal, window)
+    def allowed(self, causal: bool, window: int | None, chosen: Tensor | None = None) -> Tensor:
+        """Who sees whom (B, T, S); for the queries at the places ``chosen`` (B, M) only, if given."""
+        new, entries = self.query.shape[1], self.entry.shape[1]
+        query, segments, place = self.query, self.segments, torch.arange(new, device=self.query.device)[None]
+        if chosen is not None:
+            query, place = query.expand(len(chosen), -1).gather(1, chosen), chosen
+            segments = None if segments is None else segments.gather(1, chosen)
+        allowed = _allowed(query, self.entry, causal, window)
         if self.real is not None:
             allowed = allowed & self.real[:, None, :]
-        if self.segments is not None:
-            allowed = allowed & (self.segments[:, :, None] == self.segments[:, None, :])
+        if self.segments is not None and segments is not None:
+            allowed = allowed & (segments[:, :, None] == self.segments[:, None, :])
         # Padding sees itself, so that no row of the softmax is empty.
-        new, entries = allowed.shape[1:]
-        own = torch.arange(entries, device=allowed.device)[None] == torch.arange(entries - new, entries, device=allowed.device)[:, None]
+        own = torch.arange(entries, device=allowed.device) == (place + (entries - new))[:, :, None]
         return allowed | own

@@ -1,7 +1,7 @@
 """What softmax-attention mixers share: rotary positions and the key-value cache.
 
-Rotary embedding: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv 2104.09864, eq. 34; pairs are channel i and
-channel i + K/2 (the layout of Llama), so weights of those models fit.
+Rotary embedding: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv 2104.09864, eq. 34; the pairs
+are channel i and channel i + K/2 (the layout of Llama), so weights of those models fit.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def rotate(x: Float[Tensor, "*B H K"], cos: Float[Tensor, "*#B K2"], sin: Float[
 class KVCache(State):
     """Keys and values of the tokens fed so far, H key-value heads of width K, with room to grow.
 
-    Slots ``end - length .. end - 1`` of the buffers are in use, oldest first. A row's tokens are aligned right: where padding was fed, its slots
-    are removed and the free slots of shorter rows are on the left, so the last slot always holds each row's last real token. Appending doubles the room
-    when it is used up, so feeding T tokens one by one copies O(T) entries in all. With a ``window`` only the last ``window`` slots stay in use and at
-    most twice that room is held.
+    Slots ``end - length .. end - 1`` of the buffers are in use, oldest first. A row's tokens are aligned right: where padding was
+    fed, its slots are removed and the free slots of shorter rows are on the left, so the last slot always holds each row's last
+    real token. Appending doubles the room when it is used up, so feeding T tokens one by one copies O(T) entries in all. With a
+    ``window`` only the last ``window`` slots stay in use.
     """
 
     keys: Float[Tensor, "B H room K"]
