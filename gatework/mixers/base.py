@@ -1,7 +1,7 @@
 """What softmax-attention mixers share: rotary positions and the key-value cache.
 
-Rotary embedding: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv 2104.09864, eq. 34; the pairs
-are channel i and channel i + K/2 (the layout of Llama), so weights of those models fit.
+Rotary embedding: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv 2104.09864, eq. 34; the
+pairs are channel i and channel i + K/2 (the layout of Llama), so weights of those models fit.
 """
 
 from __future__ import annotations
