@@ -180,7 +180,8 @@ class _Chunks(torch.autograd.Function):
         end = b[..., -1:, :]
         incoming, outgoing, decay = q * b.exp(), k * (end - b).exp(), end.exp()
         if carry is not None:
-            incoming, outgoing, decay = incoming * carry[0][..., None], outgoing * carry[1][..., None], decay * carry[2][..., :1, None]
+            incoming, outgoing = incoming * carry[0][..., None], outgoing * carry[1][..., None]
+            decay = decay * carry[2][..., :1, None]
         states = _pass(outgoing.transpose(-1, -2) @ v, decay.transpose(-1, -2), state)
         out = p @ v
         out += incoming @ states[:, :, :-1]
@@ -196,7 +197,8 @@ class _Chunks(torch.autograd.Function):
         end = b[..., -1:, :]
         grow_q, grow_k, decay = b.exp(), (end - b).exp(), end.exp()
         if carry is not None:
-            grow_q, grow_k, decay = grow_q * carry[0][..., None], grow_k * carry[1][..., None], decay * carry[2][..., :1, None]
+            grow_q, grow_k = grow_q * carry[0][..., None], grow_k * carry[1][..., None]
+            decay = decay * carry[2][..., :1, None]
         # Gradients of the states after each chunk, passed backwards; d_states[n] belongs to the state that chunk n
         # leaves.
         d_states = _pass_back((q * grow_q).transpose(-1, -2) @ d_out, decay.transpose(-1, -2), d_state)
@@ -234,19 +236,15 @@ class _Chunks(torch.autograd.Function):
 
 def _pass(added: Tensor, decay: Tensor, state: Tensor) -> Tensor:
     """States before each chunk and after the last, (B, H, n+1, K, V): S_{n+1} = decay_n S_n + added_n."""
-    states = added.new_empty(*added.shape[:2], added.shape[2] + 1, *added.shape[3:])
-    slots = states.unbind(2)
-    slots[0].copy_(state)
-    for before, after, factor, new in zip(slots, slots[1:], decay.unbind(2), added.unbind(2), strict=False):
-        torch.addcmul(new, before, factor, out=after)
-    return states
+    states = [state]
+    for new, factor in zip(added.unbind(2), decay.unbind(2), strict=True):
+        states.append(torch.addcmul(new, states[-1], factor))
+    return torch.stack(states, 2)
 
 
 def _pass_back(added: Tensor, decay: Tensor, last: Tensor) -> Tensor:
     """The same from behind: D_n = decay_n D_{n+1} + added_n with D_N = last."""
-    states = added.new_empty(*added.shape[:2], added.shape[2] + 1, *added.shape[3:])
-    slots = states.unbind(2)
-    slots[-1].copy_(last)
-    for n in range(added.shape[2] - 1, -1, -1):
-        torch.addcmul(added[:, :, n], slots[n + 1], decay[:, :, n], out=slots[n])
-    return states
+    states = [last]
+    for new, factor in zip(reversed(added.unbind(2)), reversed(decay.unbind(2)), strict=True):
+        states.append(torch.addcmul(new, states[-1], factor))
+    return torch.stack(states[::-1], 2)
