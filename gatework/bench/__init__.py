@@ -1,1 +1,31 @@
 """Tasks, studies, the runner, the store, statistics and the report."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_LAZY = {
+    "Comparison": "gatework.bench.comparison",
+    "compare": "gatework.bench.runner",
+    "evaluate": "gatework.bench.saved",
+    "load": "gatework.bench.comparison",
+    "make_task": "gatework.bench.tasks",
+    "resume": "gatework.bench.runner",
+    "work": "gatework.bench.worker",
+}
+
+__all__ = ["Comparison", "compare", "evaluate", "load", "make_task", "resume", "work"]
+
+if TYPE_CHECKING:
+    from gatework.bench.comparison import Comparison, load
+    from gatework.bench.runner import compare, resume
+    from gatework.bench.saved import evaluate
+    from gatework.bench.tasks import make_task
+    from gatework.bench.worker import work
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'gatework.bench' has no attribute {name!r}")

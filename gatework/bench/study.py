@@ -1,0 +1,301 @@
+"""The definition of a study: read from TOML and flags, completed with defaults, validated before anything trains,
+hashed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gatework.bench.settings import choice, count, interval, model_table, parse, settings_text, study_name, variant_table
+from gatework.core.errors import GateworkError
+from gatework.core.expression import Spec, parse_pattern, parse_value
+from gatework.core.registry import check, suggest
+
+Match = Literal["params", "flops", "seconds", "none"]
+MATCHES: tuple[str, ...] = typing.get_args(Match)
+
+#: Keys of a variant that concern training, beside the arguments of the model; each is a part expression.
+TRAINING = {"optim": "adamw", "schedule": "cosine", "learner": "backprop"}
+
+#: What a study without further words runs, by kind of backbone.
+DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
+    "decoder": {
+        "gated_attention": "mixer=gated_attention",
+        "versatile_ffn": "feedforward=versatile_ffn",
+        "moe": "feedforward=moe",
+        "gla": "mixer=gla",
+        "gateskip": "depth=gateskip",
+    },
+    "classifier": {"golu": "activation=golu", "xgelu": "activation=xgelu", "xsilu": "activation=xsilu"},
+}
+
+#: Defaults by task: what is not given in the file or by a flag.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "text": {
+        "tokens": 300_000,
+        "tune_tokens": 120_000,
+        "batch_size": 16,
+        "learning_rates": (2e-3, 2e-2),
+        "baseline": "mixer=attention, feedforward=glu",
+        "model": {"d_model": 64, "layers": 3, "heads": 4},
+    },
+    "recall": {
+        "tokens": 1_000_000,
+        "tune_tokens": 400_000,
+        "batch_size": 32,
+        "learning_rates": (1e-3, 1e-2),
+        "baseline": "mixer=attention, feedforward=glu",
+        "model": {"d_model": 64, "layers": 2, "heads": 2},
+    },
+    "digits": {
+        "tokens": 60_000,
+        "tune_tokens": 30_000,
+        "batch_size": 64,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "",
+        "model": {"d_model": 64, "layers": 3},
+        "match": "none",
+    },
+    "mnist1d": {
+        "tokens": 200_000,
+        "tune_tokens": 100_000,
+        "batch_size": 64,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "",
+        "model": {"d_model": 128, "layers": 3},
+        "match": "none",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the comparison, resolved: every setting it trains with.
+
+    Attributes:
+        name: as in the study.
+        model: arguments of the backbone that are not the task's.
+        optim, schedule, learner: part expressions.
+        learning_rates: the range that is searched, (low, high).
+    """
+
+    name: str
+    model: dict[str, Any]
+    optim: str
+    schedule: str
+    learner: str
+    learning_rates: tuple[float, float]
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return dataclasses.asdict(self) | {"learning_rates": list(self.learning_rates)}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants x learning rates x seeds on one task under one budget.
+
+    Attributes:
+        name: of the study; the same name always means the same configuration.
+        task: ``{"name": ..., **options}``.
+        baseline: settings of the row that all others are compared with, ``"mixer=attention, feedforward=glu"``.
+        variants: what each other row changes of the baseline.
+        match: the axis held equal to the baseline's.
+        tokens: training budget of a final run (examples, where the task has no tokens).
+        tune_tokens: training budget of a tuning trial.
+        seeds: number of final runs per variant.
+        tune: number of tuning trials per variant.
+        learning_rates: range searched, (low, high).
+        batch_size: rows per step.
+        model: arguments of the backbone that all variants share.
+        evaluations: how often a run is validated.
+        imports: modules to import first, which register parts of the user's own.
+        data_hash: what the task read.
+    """
+
+    name: str
+    task: dict[str, Any]
+    baseline: str
+    variants: dict[str, str]
+    match: str
+    tokens: int
+    tune_tokens: int
+    seeds: int
+    tune: int
+    learning_rates: tuple[float, float]
+    batch_size: int
+    model: dict[str, Any]
+    evaluations: int = 6
+    imports: tuple[str, ...] = ()
+    data_hash: str = ""
+    resolved: dict[str, Variant] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def hash(self) -> str:
+        """Of everything that decides a result: the configuration and the data, not where the data lies nor what the
+        study is called."""
+        content = self.describe()
+        content.pop("name")
+        content["task"].pop("data", None)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON-able copy from which :func:`restore` makes an equal study."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "resolved"}
+        copied: dict[str, Any] = json.loads(json.dumps(plain))
+        return copied
+
+
+def restore(description: Mapping[str, Any]) -> Study:
+    """The study that :meth:`Study.describe` described, validated again against the parts that exist now."""
+    known = {f.name for f in dataclasses.fields(Study)} - {"resolved"}
+    values = {name: description[name] for name in known if name in description}
+    values["learning_rates"] = tuple(values["learning_rates"])
+    values["imports"] = tuple(values.get("imports", ()))
+    return resolve(Study(**values))
+
+
+def define(values: Mapping[str, Any]) -> Study:
+    """A complete, validated study from what was given (TOML keys or flags); everything else has its default.
+
+    The data are read and every variant's settings are checked against the parts that exist;
+    :mod:`gatework.bench.matching` builds the models.
+
+    Raises:
+        GateworkError: with one sentence that says what is wrong and what would be right.
+    """
+    from gatework.bench.tasks import make_task
+
+    values = {key: value for key, value in values.items() if value is not None}
+    task = _task(values)
+    defaults = DEFAULTS.get(task["name"], DEFAULTS["text"])
+    load_imports(values.get("imports", ()))
+    loaded = make_task(task["name"], **{key: value for key, value in task.items() if key != "name"})
+    variants = variant_table(values.get("variants") or DEFAULT_VARIANTS[loaded.backbone])
+    tokens = count("tokens", values.get("tokens", defaults["tokens"]))
+    tune_tokens = values.get("tune_tokens", max(1, round(tokens * defaults["tune_tokens"] / defaults["tokens"])))
+    study = Study(
+        name=study_name("study", values.get("name", task["name"])),
+        task=task,
+        baseline=settings_text("baseline", values.get("baseline", defaults["baseline"])),
+        variants=variants,
+        match=choice("match", values.get("match", defaults.get("match", "params")), MATCHES),
+        tokens=tokens,
+        tune_tokens=count("tune_tokens", tune_tokens),
+        seeds=count("seeds", values.get("seeds", 3)),
+        tune=count("tune", values.get("tune", 3), least=0),
+        learning_rates=interval("learning_rates", values.get("learning_rates", defaults["learning_rates"])),
+        batch_size=count("batch_size", values.get("batch_size", defaults["batch_size"])),
+        model=dict(defaults["model"]) | model_table(values.get("model", {})),
+        evaluations=count("evaluations", values.get("evaluations", 6)),
+        imports=tuple(values.get("imports", ())),
+        data_hash=loaded.data_hash,
+    )
+    return resolve(study)
+
+
+def load_imports(names: Any) -> None:
+    """Import the modules that register parts of the user's own; the current folder is searched too."""
+    import importlib
+    import sys
+
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise GateworkError(f"imports is a list of module names, not {names!r}")
+    if names and "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise GateworkError(f"the module {name!r} of imports cannot be imported: {error}") from error
+
+
+def resolve(study: Study) -> Study:
+    """Fill ``study.resolved``: check every setting of every variant."""
+    from gatework.bench.tasks import task_class
+
+    backbone = task_class(study.task["name"]).backbone
+    settings = {"baseline": ""} | study.variants
+    resolved = {name: _resolve(study, backbone, name, text) for name, text in settings.items()}
+    return dataclasses.replace(study, resolved=resolved)
+
+
+def _resolve(study: Study, backbone: str, name: str, text: str) -> Variant:
+    given = parse(study.baseline) | parse(text)
+    shared = {key: value for key, value in study.model.items() if key not in given}
+    model, training = {}, dict(TRAINING)
+    rates = study.learning_rates
+    hints = model_arguments(backbone)
+    for key, value in (shared | given).items():
+        if key == "learning_rates":
+            rates = interval(f"learning_rates of {name}", [parse_value(piece) for piece in str(value).strip("[]()").split(",")])
+        elif key in training:
+            training[key] = str(check(str(value), key))
+        elif key in hints:
+            model[key] = _argument(key, value, hints[key])
+        else:
+            known = [*hints, *TRAINING, "learning_rates"]
+            where = "the model" if key in shared else f"variant {name!r}" if name != "baseline" else "the baseline"
+            raise GateworkError(f"{where} has no setting {key!r}; {suggest(key, known)}")
+    return Variant(name, model, training["optim"], training["schedule"], training["learner"], rates)
+
+
+def model_arguments(backbone: str) -> dict[str, Any]:
+    """The arguments of a backbone that a study may set, with their annotations; the task gives the others."""
+    from gatework.models import Classifier, Decoder
+
+    cls = Decoder if backbone == "decoder" else Classifier
+    hints = typing.get_type_hints(cls.__init__)
+    tied = {"self", "vocab_size", "input_shape", "classes"}
+    return {name: hints.get(name, Any) for name in inspect.signature(cls.__init__).parameters if name not in tied}
+
+
+def _argument(key: str, value: Any, hint: Any) -> Any:
+    if hint is Any:
+        if not isinstance(value, str):
+            raise GateworkError(f"{key} takes a part expression such as {key}={_example(key)}, not {value!r}")
+        return ", ".join(str(check(spec, key)) for spec in parse_pattern(value))
+    if isinstance(value, str) and hint is not str:
+        value = parse_value(value)
+    if isinstance(value, Spec):
+        value = str(value)
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return choice(key, value, options)
+    wanted = set(options or (hint,))
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    fits = (
+        (whole and wanted & {int, float})
+        or (isinstance(value, float) and float in wanted)
+        or (isinstance(value, bool) and bool in wanted)
+        or (value is None and type(None) in wanted)
+    )
+    if not fits:
+        kind = "true or false" if bool in wanted else "a whole number" if int in wanted else "a number"
+        raise GateworkError(f"{key} must be {kind}, not {value!r}")
+    return value
+
+
+def _example(slot: str) -> str:
+    from gatework.core.registry import entries
+
+    return next((entry.name for entry in entries(slot)), "NAME")
+
+
+def _task(values: Mapping[str, Any]) -> dict[str, Any]:
+    task = values.get("task", "text")
+    task = {"name": task} if isinstance(task, str) else dict(task)
+    if "name" not in task:
+        raise GateworkError('the task has no name; write name = "text" in [task]')
+    if "data" in values:
+        if task["name"] != "text":
+            raise GateworkError(f"data goes with the task 'text', not with {task['name']!r}")
+        task["data"] = str(Path(values["data"]).absolute())
+    return task
