@@ -35,7 +35,7 @@ class MLP(FeedForward):
 
     def __init__(self, d_model: int, d_ff: int | None = None, activation: Any = "gelu", bias: bool = False) -> None:
         super().__init__()
-        d_ff = hidden_width(d_model, d_ff, factor=4, multiple=1)
+        d_ff = hidden_width(d_model, d_ff, factor=4.0, multiple=1)
         self.up = nn.Linear(d_model, d_ff, bias=bias)
         self.activation = build(activation, "activation")
         self.down = nn.Linear(d_ff, d_model, bias=bias)
