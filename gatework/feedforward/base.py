@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def hidden_width(d_model: int, d_ff: int | None, factor: float, multiple: int) -> int:
+def hidden_width(d_model: int, d_ff: int | None, factor: int | float, multiple: int) -> int:
     """``d_ff`` if it is given, else ``factor * d_model`` rounded up to a multiple of ``multiple``.
 
     Raises:
