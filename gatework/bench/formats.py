@@ -1,0 +1,103 @@
+"""Numbers as people read them: the same words in the terminal, in Markdown and on the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+#: What stands where there is nothing to say.
+NOTHING = "–"
+
+
+def si(value: float | None, digits: int = 3) -> str:
+    """1234567 as ``1.23M``: three significant digits and a prefix of the SI."""
+    if value is None:
+        return NOTHING
+    if abs(value) < 1000:
+        return significant(value, digits)
+    for factor, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor * (1 - 0.5 * 10**-digits):
+            return significant(value / factor, digits) + letter
+    return significant(value, digits)
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """So many significant digits, without an exponent between 1e-4 and 1e6; whole numbers stay whole."""
+    if value is None:
+        return NOTHING
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if float(value).is_integer() and abs(value) < 10**digits:
+        return str(int(value))
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    if not -6 < places <= digits + 3:
+        return f"{value:.{digits - 1}e}"
+    return f"{round(value, places):.{max(places, 0)}f}"
+
+
+def size(value: float | None) -> str:
+    """Bytes, in powers of 1024."""
+    if value is None:
+        return NOTHING
+    for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= factor:
+            return f"{significant(value / factor)} {unit}"
+    return f"{value:.0f} B"
+
+
+def seconds(value: float | None) -> str:
+    """``8.3s``, ``2m05s``, ``1h02m``."""
+    if value is None:
+        return NOTHING
+    if value < 99.5:
+        return f"{significant(value, 2 if value >= 10 else 3)}s"
+    whole = round(value)
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def fixed(value: float | None, decimals: int, sign: bool = False) -> str:
+    """A score or a difference; a negative zero has no sign."""
+    if value is None:
+        return NOTHING
+    value = round(value, decimals) + 0.0
+    return f"{value:{'+' if sign else ''}.{decimals}f}"
+
+
+def percent(value: float | None, sign: bool = True) -> str:
+    """A fraction as per cent, without decimals from 10% on."""
+    if value is None:
+        return NOTHING
+    places = 0 if abs(value) >= 0.0995 else 1
+    return f"{100 * value:{'+' if sign else ''}.{places}f}%"
+
+
+def ratio(value: float | None) -> str:
+    """A multiple of the baseline."""
+    return NOTHING if value is None else f"{significant(value)}x"
+
+
+def p_value(value: float | None) -> str:
+    """A p-value with two digits; very small ones as a bound."""
+    if value is None:
+        return NOTHING
+    return "<0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def decimals_for(scores: Iterable[float], spreads: Iterable[float]) -> int:
+    """Decimals with which to print the scores of a study: four digits of a score, or two of a typical spread, at most five."""
+    largest = max((abs(score) for score in scores if score), default=1.0)
+    least = 3 - math.floor(math.log10(largest))
+    typical = sorted(spread for spread in spreads if spread > 0)
+    wanted = 1 - math.floor(math.log10(typical[len(typical) // 2])) if typical else least
+    return min(max(least, min(wanted, least + 1), 1), 5)
+
+
+def listed(items: Iterable[object]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
