@@ -1,0 +1,136 @@
+"""The chunked gated linear recurrence against the recurrence itself."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from gatework.ops.linear_recurrence import gated_linear_recurrence
+
+B, H, K, V = 2, 3, 4, 5
+
+
+def reference(q, k, v, log_decay, state, scale):
+    """The recurrence, one token at a time."""
+    outputs = []
+    for t in range(q.shape[1]):
+        state = log_decay[:, t].exp()[..., None] * state + k[:, t][..., None] * v[:, t][..., None, :]
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outputs, 1), state
+
+
+def inputs(length: int, strength: float = 1.0, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    q, k, v = draw(B, length, H, K), draw(B, length, H, K), draw(B, length, H, V)
+    log_decay = -strength * torch.rand(B, length, H, K, dtype=torch.float64, generator=generator)
+    return [x.requires_grad_() for x in (q, k, v, log_decay, draw(B, H, K, V))]
+
+
+def agree(xs, got, expected, atol):
+    generator = torch.Generator().manual_seed(9)
+    upstream = [torch.randn(x.shape, dtype=torch.float64, generator=generator) for x in expected]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+    for a, b in zip(torch.autograd.grad(got, xs, upstream), torch.autograd.grad(expected, xs, upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 64, 65, 130])
+@pytest.mark.parametrize(("chunk", "sub_chunk"), [(64, 4), (64, 16), (16, 1), (16, 16), (4, 2), (1, 1)])
+def test_chunked_equals_recurrence_with_all_gradients(length, chunk, sub_chunk):
+    xs = inputs(length)
+    got = gated_linear_recurrence(*xs[:4], state=xs[4], scale=0.7, chunk=chunk, sub_chunk=sub_chunk)
+    agree(xs, got, reference(*xs, 0.7), 1e-10)
+
+
+@pytest.mark.parametrize("strength", [0.0, 30.0, 1e4])
+def test_extreme_decays_are_exact_and_finite(strength):
+    xs = inputs(70, strength)
+    agree(xs, gated_linear_recurrence(*xs[:4], state=xs[4], scale=1.0), reference(*xs, 1.0), 1e-9)
+
+
+def test_no_decay_is_causal_linear_attention():
+    q, k, v, _, _ = inputs(40)
+    out, _ = gated_linear_recurrence(q, k, v, torch.zeros_like(k), scale=1.0)
+    scores = torch.einsum("bthk,bshk->bhts", q, k).tril()
+    torch.testing.assert_close(out, torch.einsum("bhts,bshv->bthv", scores, v), rtol=0, atol=1e-11)
+
+
+def test_full_decay_sees_the_present_token_alone():
+    q, k, v, decay, _ = inputs(40)
+    out, _ = gated_linear_recurrence(q, k, v, torch.full_like(decay, -1e4), scale=1.0)
+    torch.testing.assert_close(out, (q * k).sum(-1, keepdim=True) * v, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 16, 40])
+def test_the_state_hands_over(cut):
+    xs = [x.detach() for x in inputs(50)]
+    whole, end = gated_linear_recurrence(*xs[:4], chunk=16)
+    first, state = gated_linear_recurrence(*(x[:, :cut] for x in xs[:4]), chunk=16)
+    second, last = gated_linear_recurrence(*(x[:, cut:] for x in xs[:4]), state=state, chunk=16)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=0, atol=1e-11)
+    torch.testing.assert_close(last, end, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("cuts", [[5], [16], [1, 17, 33], [20, 21, 22]])
+def test_packed_documents_equal_separate_ones_with_gradients(cuts):
+    xs = inputs(45, 2.0)
+    edges = [0, *cuts, 45]
+    segments = torch.cat([torch.full((B, b - a), i) for i, (a, b) in enumerate(pairwise(edges))], 1)
+    got, got_state = gated_linear_recurrence(*xs[:4], segments=segments, chunk=16, scale=1.0)
+    zero = torch.zeros(B, H, K, V, dtype=torch.float64)
+    parts = [reference(*(x[:, a:b] for x in xs[:4]), zero, 1.0) for a, b in pairwise(edges)]
+    agree(xs[:4], (got, got_state), (torch.cat([o for o, _ in parts], 1), parts[-1][1]), 1e-10)
+
+
+def test_one_decay_per_head_is_broadcast():
+    q, k, v, decay, _ = inputs(20)
+    one = decay[..., :1].detach().requires_grad_()
+    got, _ = gated_linear_recurrence(q, k, v, one, scale=1.0)
+    expected, _ = gated_linear_recurrence(q, k, v, one.expand_as(k), scale=1.0)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    got.sum().backward()
+    assert one.grad.shape == one.shape
+
+
+def test_linear_in_v():
+    q, k, v, decay, _ = inputs(20)
+    single = gated_linear_recurrence(q, k, v, decay)[0]
+    torch.testing.assert_close(gated_linear_recurrence(q, k, 3 * v, decay)[0], 3 * single, rtol=0, atol=1e-11)
+
+
+def test_gradcheck():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 6, 1, 2), (1, 6, 1, 2), (1, 6, 1, 3), (1, 6, 1, 2), (1, 1, 2, 3)]
+    q, k, v, decay, state = (torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes)
+    xs = [x.requires_grad_() for x in (q, k, v, -decay.abs(), state)]
+    assert torch.autograd.gradcheck(lambda *x: gated_linear_recurrence(*x[:4], state=x[4], chunk=4, sub_chunk=2), xs)
+
+
+def test_half_precision_accumulates_in_float32():
+    xs = [x.detach() for x in inputs(64)]
+    out, state = gated_linear_recurrence(*(x.bfloat16() for x in xs[:4]))
+    assert out.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    rounded = [x.bfloat16().double() for x in xs[:4]]
+    expected, _ = reference(*rounded, torch.zeros_like(xs[4]), K**-0.5)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_no_tokens():
+    xs = [x.detach()[:, :0] for x in inputs(3)[:4]]
+    out, state = gated_linear_recurrence(*xs)
+    assert out.shape == (B, 0, H, V)
+    assert not state.any()
+
+
+def test_chunks_that_do_not_halve_are_refused():
+    xs = inputs(3)
+    with pytest.raises(ValueError, match="powers of two"):
+        gated_linear_recurrence(*xs[:4], chunk=48)
