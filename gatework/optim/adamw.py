@@ -1,5 +1,4 @@
-"""``AdamW``: PyTorch's own multi-tensor AdamW in the ``optim`` slot, the baseline optimizer (Loshchilov and Hutter,
-    2017, arXiv 1711.05101)."""
+"""``AdamW``: PyTorch's own AdamW (Loshchilov and Hutter, 2017, arXiv 1711.05101), the baseline optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from gatework.core.registry import register
 from gatework.optim.base import Optimizer
 
 
-@register("adamw", paper="adamw")
+@register("adamw")
 class AdamW(torch.optim.AdamW, Optimizer):
     """Adam with decoupled weight decay: PyTorch's, multi-tensor.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gatework.core.registry import register
@@ -20,6 +21,6 @@ class Constant(Schedule):
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The first learning rates."""
-        return [float(base) for base in self.base_lrs]
+        return list(self.base_lrs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gatework.core.registry import register
@@ -41,7 +42,7 @@ class Cosine(Schedule):
         self.warmup_steps = math.ceil(warmup * total_steps)
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Learning rates of the groups at the present step."""
         step = self.last_epoch
         if step < self.warmup_steps:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from typing import Any, get_type_hints
 
 from gatework.bench.tasks.base import Batch, Predict, Split, SupervisedTask, Task
 from gatework.bench.tasks.digits import Digits
@@ -11,7 +10,9 @@ from gatework.bench.tasks.mnist1d import MNIST1D
 from gatework.bench.tasks.recall import Recall
 from gatework.bench.tasks.text import Text
 from gatework.core.errors import GateworkError
-from gatework.core.registry import suggest
+from gatework.core.registry import _describe as describe
+from gatework.core.registry import _fits as fits
+from gatework.core.registry import parameters, suggest
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Digits, MNIST1D, Recall)}
 
@@ -22,8 +23,8 @@ def task_class(name: str) -> type[Task]:
     Raises:
         GateworkError: saying what was meant and what exists.
     """
-    if name not in TASKS:
-        raise GateworkError(f"no task {name!r}; {suggest(name, TASKS)}")
+    if not isinstance(name, str) or name not in TASKS:
+        raise GateworkError(f"no task {name!r}; {suggest(str(name), TASKS)}")
     return TASKS[name]
 
 
@@ -31,13 +32,16 @@ def make_task(name: str, **options: Any) -> Task:
     """Load the task called ``name`` with its options.
 
     Raises:
-        GateworkError: unknown task or option, data that does not serve.
+        GateworkError: unknown task or option, an option of the wrong type, data that does not serve.
     """
     cls = task_class(name)
-    known = list(inspect.signature(cls).parameters)
-    for option in options:
+    known = parameters(cls)
+    hints = get_type_hints(cls.__init__)
+    for option, value in options.items():
         if option not in known:
             raise GateworkError(f"the task {name} has no option {option!r}; {suggest(option, known) if known else 'it has none'}")
+        if not fits(value, hints[option]):
+            raise GateworkError(f"the task {name}: {option} must be {describe(hints[option])}, got {value!r}")
     return cls(**options)
 
 

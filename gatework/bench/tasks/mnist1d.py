@@ -1,5 +1,4 @@
-"""``mnist1d``: the one-dimensional analogue of MNIST (Greydanus and Kobak, 2020, arXiv 2011.14439), generated
-    offline."""
+"""``mnist1d``: the one-dimensional analogue of MNIST (Greydanus and Kobak, 2020, arXiv 2011.14439), generated offline."""
 
 from __future__ import annotations
 

@@ -66,11 +66,11 @@ class Text(Task):
         if data is None:
             return lzma.decompress(resources.files("gatework").joinpath("data/shakespeare.txt.xz").read_bytes())
         path = Path(data)
-        if not path.exists():
-            raise GateworkError(f"there is no data file {data!r}")
-        if not path.is_file():
-            raise GateworkError(f"{data!r} is not a file; give the path of one file")
         try:
+            if not path.exists():
+                raise GateworkError(f"there is no data file {data!r}")
+            if not path.is_file():
+                raise GateworkError(f"{data!r} is not a file; give the path of one file")
             raw = path.read_bytes()
         except OSError as error:
             raise GateworkError(f"the data file {data!r} cannot be read: {error.strerror}") from error
@@ -102,13 +102,13 @@ class Text(Task):
         return torch.nn.functional.cross_entropy(output.float().flatten(0, 1), y.flatten())
 
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
-        """``loss`` in nats per byte and ``bits_per_byte``."""
+        """``loss`` in nats per byte and ``bits_per_byte``, over windows that are evenly spaced in the whole split."""
         tokens = self.splits[split]
         count = min(self.eval_tokens // self.length, (len(tokens) - 1) // self.length)
-        starts = torch.linspace(0, len(tokens) - self.length - 1, count).long()[:, None]
-        windows = tokens[starts + torch.arange(self.length + 1)].long()
         if max_batches is not None:
-            windows = windows[: max_batches * self.EVALUATION_BATCH]
+            count = min(count, max_batches * self.EVALUATION_BATCH)
+        starts = torch.arange(count)[:, None] * (len(tokens) - self.length - 1) // max(count - 1, 1)
+        windows = tokens[starts + torch.arange(self.length + 1)].long()
         total = 0.0
         for batch in windows.split(self.EVALUATION_BATCH):
             x, y = batch[:, :-1], batch[:, 1:]
