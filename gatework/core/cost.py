@@ -54,6 +54,10 @@ def _added_product(target: Tensor, a: Tensor, b: Tensor, *args: Any, **kwargs: A
     return _product(a, b)
 
 
+def _transposed_product(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * a.numel() * b.shape[0]
+
+
 def _triangular(a: Tensor, b: Tensor, *, left: bool = True, **kwargs: Any) -> int:
     # Each right-hand side costs n(n-1)/2 multiply-adds and n divisions: n^2.
     n = a.shape[-1]
@@ -92,6 +96,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten.mkldnn_rnn_layer: _lstm,
     aten.mkldnn_rnn_layer_backward: _lstm_backward,
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _transposed_product
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:

@@ -23,7 +23,7 @@ def top_k(scores: Float[Tensor, "N E"], k: int) -> Int[Tensor, "N k"]:
             chosen.append(left.argmax(1))
             left = left.scatter(1, chosen[-1][:, None], float("-inf"))
         return torch.stack(chosen, 1)
-    return scores.detach().argsort(1, descending=True, stable=True)[:, :k]
+    return scores.detach().argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
 def router_logits(x: Float[Tensor, "N D"], weight: Float[Tensor, "E D"]) -> Float[Tensor, "N E"]:

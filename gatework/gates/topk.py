@@ -14,7 +14,7 @@ with, as in the paper.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,8 @@ class TopK(Router):
         if normalize not in ("renorm", "topk_softmax", "none", None):
             raise ValueError(f"normalize must be 'renorm', 'topk_softmax' or 'none', got {normalize!r}")
         if min(switch, z, bias_rate) < 0 or not 0 <= jitter < 1:
-            raise ValueError(f"switch, z and bias_rate must be at least 0 and jitter in [0, 1): {switch}, {z}, {bias_rate}, {jitter}")
+            given = f"{switch}, {z}, {bias_rate}, {jitter}"
+            raise ValueError(f"switch, z and bias_rate must be at least 0 and jitter in [0, 1), got {given}")
         self.score = score
         self.normalize = normalize or ("none" if k == 1 else "renorm")
         self.switch, self.z, self.bias_rate, self.jitter = switch, z, bias_rate, jitter
@@ -119,6 +120,13 @@ class TopK(Router):
                 self.chosen += counts(experts, self.n_experts, mask)
         self.metrics = self.monitor(routing, mask)
         return routing
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # A change of the model's dtype leaves the bias in float32: its steps of 1e-3 would vanish in bfloat16.
+        super()._apply(fn, recurse)
+        if self.bias_rate:
+            self.bias, self.chosen = self.bias.float(), self.chosen.float()
+        return self
 
     @torch.no_grad()
     def advance(self, step: int, total_steps: int) -> None:

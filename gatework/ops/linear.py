@@ -25,7 +25,6 @@ def product(a: Float[Tensor, "M K"], b: Float[Tensor, "N K"]) -> Float[Tensor, "
         a.dtype == torch.float32
         and a.device.type == "cpu"
         and a.shape[0] >= _FEWEST_ROWS
-        and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
     ):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")

@@ -1,0 +1,207 @@
+"""The mixture of experts against a loop over tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from gatework.core import losses, metrics
+from gatework.experts import MoE
+
+D, H = 8, 6
+
+
+def layer(**settings) -> MoE:
+    torch.manual_seed(0)
+    made = MoE(D, **({"d_ff": H, "experts": 4} | settings)).double()
+    torch.nn.init.normal_(made.gate.weight)
+    return made
+
+
+def tokens(n: int = 13) -> torch.Tensor:
+    return torch.randn(n, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def expert(m: MoE, x, w_in, w_out):
+    h = w_in @ x
+    return w_out @ (F.silu(h[:H]) * h[H:] if m.glu else F.silu(h))
+
+
+def reference(m: MoE, x: torch.Tensor, limit: float = math.inf) -> torch.Tensor:
+    """Equation 1, token by token; with a limit, slot 0 of all tokens claims first, then slot 1, and so on."""
+    routing = m.gate(x)
+    served = [0] * m.experts
+    rows = [torch.zeros(D, dtype=torch.float64) for _ in x]
+    for slot in range(routing.experts.shape[1]):
+        for n in range(len(x)):
+            e = int(routing.experts[n, slot])
+            if routing.weights[n, slot] != 0 and served[e] < limit:
+                served[e] += 1
+                rows[n] = rows[n] + routing.weights[n, slot] * expert(m, x[n], m.w_in[e], m.w_out[e])
+    for s in range(m.shared):
+        rows = [row + expert(m, x[n], m.shared_in[s], m.shared_out[s]) for n, row in enumerate(rows)]
+    return torch.stack(rows)
+
+
+CASES = [
+    {},
+    {"glu": False},
+    {"shared": 2},
+    {"experts": 32},
+    {"gate": "topk(k=1)"},
+    {"gate": "topk(k=4)"},
+    {"gate": "topk(score=sigmoid)"},
+    {"capacity": 0.7},
+    {"capacity": 1.25, "shared": 1},
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_equals_the_loop_with_all_gradients(settings):
+    m, x = layer(**settings).eval(), tokens().requires_grad_()
+    k = m.gate.k
+    limit = math.inf if m.capacity is None else math.ceil(m.capacity * len(x) * k / m.experts)
+    got, expected = m(x), reference(m, x, limit)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    leaves = [x, *m.parameters()]
+    mine = torch.autograd.grad(got.sum(), leaves, materialize_grads=True)
+    theirs = torch.autograd.grad(expected.sum(), leaves, materialize_grads=True)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_one_expert_is_a_plain_feed_forward():
+    m, x = layer(experts=1, gate="topk(k=1, normalize=renorm)"), tokens()
+    g, u = (x @ m.w_in[0].T).chunk(2, -1)
+    torch.testing.assert_close(m(x), (F.silu(g) * u) @ m.w_out[0].T, rtol=0, atol=1e-12)
+
+
+def test_identical_experts_are_one_feed_forward():
+    m, x = layer(), tokens()
+    with torch.no_grad():
+        m.w_in.copy_(m.w_in[:1].expand_as(m.w_in))
+        m.w_out.copy_(m.w_out[:1].expand_as(m.w_out))
+    g, u = (x @ m.w_in[0].T).chunk(2, -1)
+    torch.testing.assert_close(m(x), (F.silu(g) * u) @ m.w_out[0].T, rtol=0, atol=1e-12)
+
+
+def test_enough_capacity_is_dropless():
+    m, x = layer(capacity=4.0), tokens()
+    torch.testing.assert_close(m(x), layer()(x), rtol=0, atol=0)
+    assert metrics(m)["dropped"] == 0
+
+
+def test_short_capacity_keeps_the_largest_weights_when_asked():
+    m, x = layer(capacity=0.5, priority="weight").eval(), tokens(20)
+    routing = m.gate(x)
+    kept = m._within_capacity(routing).weights != 0
+    limit = math.ceil(0.5 * 20 * 2 / 4)
+    for e in range(4):
+        mine = routing.experts == e
+        weights, survived = routing.weights[mine], kept[mine]
+        assert survived.sum() == min(limit, len(weights))
+        if (~survived).any():
+            assert weights[survived].min() >= weights[~survived].max()
+
+
+def test_padding_gets_nothing_and_changes_nothing():
+    m, x = layer(), tokens(12).view(2, 6, D)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[0, :2] = False
+    y = m(x, mask)
+    assert not y[~mask].any()
+    torch.testing.assert_close(y[mask], m(x[mask]), rtol=0, atol=0)
+
+
+def test_permuting_tokens_permutes_outputs():
+    m, x = layer(), tokens()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(m(x[order]), m(x)[order], rtol=0, atol=1e-14)
+
+
+def test_only_the_chosen_experts_are_computed():
+    m, x = layer(experts=16), tokens(40)
+    with FlopCounterMode(display=False) as counter:
+        m(x)
+    per_row, router = 2 * D * 3 * H, 2 * D * 16
+    assert counter.get_total_flops() == 40 * (2 * per_row + router)
+
+
+def test_float32_flops_are_counted_too():
+    from gatework.core.cost import count_flops
+
+    m, x = layer(experts=4).float(), tokens(64).float()
+    with count_flops() as counted:
+        m(x)
+    assert counted.total == 64 * (2 * 2 * D * 3 * H + 2 * D * 4)
+
+
+def test_no_tokens():
+    y = layer()(torch.zeros(0, D, dtype=torch.float64))
+    assert y.shape == (0, D)
+
+
+def test_parameters_and_active_parameters():
+    m = layer(experts=6, shared=1)
+    per_expert = 3 * D * H
+    assert sum(p.numel() for p in m.parameters()) == 7 * per_expert + 6 * D
+    assert m.active_parameters() == 3 * per_expert + 6 * D
+
+
+def test_default_width_makes_two_experts_cost_one_dense_unit():
+    assert MoE(96).d_ff == 128
+    assert MoE(100).d_ff == 136
+
+
+def test_checkpointing_gives_the_same_gradients():
+    m, x = layer(), tokens().requires_grad_()
+    direct = torch.autograd.grad(m(x).square().sum() + sum(losses(m).values()), [x, *m.parameters()])
+    y = checkpoint(m, x, use_reentrant=False)
+    again = torch.autograd.grad(y.square().sum() + sum(losses(m).values()), [x, *m.parameters()])
+    for a, b in zip(direct, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+def test_bfloat16_autocast_runs_experts_in_bfloat16_and_routes_in_float32():
+    m = layer().float()
+    x = tokens().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), m(x), rtol=0.05, atol=0.02)
+    y.float().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in m.parameters())
+    assert m.w_in.grad.dtype == torch.float32
+
+
+def test_a_parametrised_activation_learns():
+    m = layer(activation="xsilu")
+    m(tokens()).sum().backward()
+    (scalar,) = [p for name, p in m.named_parameters() if name.startswith("activation")]
+    assert scalar.grad.abs() > 0
+
+
+def test_initialisation_is_each_expert_alone():
+    torch.manual_seed(0)
+    m = MoE(64, d_ff=48, experts=3)
+    assert m.w_in.abs().max() <= 1 / 8
+    assert m.w_in.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.03)
+    assert m.w_out.std().item() == pytest.approx(48**-0.5 / 3**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"experts": 0}, "must be at least 1"),
+        ({"capacity": 0.0}, "positive factor"),
+        ({"gate": "topk(k=9)"}, "between 1 and the number of experts 4, got 9"),
+    ],
+)
+def test_wrong_arguments(settings, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**settings)

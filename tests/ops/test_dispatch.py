@@ -1,0 +1,139 @@
+"""Dispatch against a loop over tokens and slots."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gatework.core import Routing
+from gatework.ops.dispatch import dispatch, run_experts, unstack
+from gatework.ops.linear import linear, product
+
+D, E = 5, 4
+
+
+def experts(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(D, D, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(E)]
+    return weights, [lambda x, w=w: torch.tanh(x @ w) for w in weights]
+
+
+def loop(x, weights, chosen, functions):
+    rows = []
+    for n in range(len(x)):
+        y = torch.zeros_like(x[n])
+        for slot in range(chosen.shape[1]):
+            if weights[n, slot] != 0:
+                y = y + weights[n, slot] * functions[chosen[n, slot]](x[n][None])[0]
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def routings():
+    generator = torch.Generator().manual_seed(1)
+    full = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(11)])
+    w = torch.rand(11, 2, dtype=torch.float64, generator=generator) + 0.1
+    holes = w * (torch.rand(11, 2, generator=generator) < 0.5)
+    return {
+        "full": (w, full),
+        "holes": (holes, full),
+        "one expert": (w[:, :1], torch.full((11, 1), 2)),
+        "k = E": (torch.rand(11, E, dtype=torch.float64, generator=generator), torch.arange(E).repeat(11, 1)),
+        "nothing used": (torch.zeros_like(w), full),
+    }
+
+
+@pytest.mark.parametrize("case", list(routings()))
+def test_equals_the_loop_with_all_gradients(case):
+    w, chosen = routings()[case]
+    x = torch.randn(11, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    w = w.requires_grad_()
+    leaves, functions = experts()
+    got = run_experts(x, Routing(w, chosen, E), functions)
+    expected = loop(x, w, chosen, functions) + 0 * x
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    inputs = [x, w, *leaves]
+    mine = torch.autograd.grad(got.sum(), inputs, materialize_grads=True)  # sum: the incoming gradient has stride 0.
+    theirs = torch.autograd.grad(expected.sum(), inputs, materialize_grads=True)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_rows_are_the_used_slots_sorted_by_expert():
+    w, chosen = routings()["holes"]
+    plan = dispatch(Routing(w, chosen, E))
+    used = [(int(chosen[n, j]), n) for n in range(11) for j in range(2) if w[n, j] != 0]
+    expected = [n for _, n in sorted(used, key=lambda pair: pair[0])]
+    assert plan.tokens.tolist() == expected
+    assert plan.counts == [sum(e == expert for e, _ in used) for expert in range(E)]
+    assert plan.n_rows == len(used)
+
+
+def test_an_expert_without_tokens_is_not_called():
+    called = []
+    functions = [lambda x, e=e: (called.append((e, len(x))), x)[1] for e in range(E)]
+    run_experts(torch.randn(3, D), Routing(torch.ones(3, 1), torch.tensor([[2], [0], [2]]), E), functions)
+    assert called == [(0, 1), (2, 2)]
+
+
+def test_no_tokens():
+    _, functions = experts()
+    x = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
+    y = run_experts(x, Routing(torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, 2).long(), E), functions)
+    assert y.shape == (0, D)
+    y.sum().backward()
+
+
+def test_permuted_tokens_permute_the_output_and_two_calls_agree_bitwise():
+    w, chosen = routings()["full"]
+    _, functions = experts()
+    x = torch.randn(11, D, dtype=torch.float64)
+    order = torch.randperm(11)
+    y = run_experts(x, Routing(w, chosen, E), functions)
+    assert torch.equal(y, run_experts(x, Routing(w, chosen, E), functions))
+    torch.testing.assert_close(run_experts(x[order], Routing(w[order], chosen[order], E), functions), y[order], rtol=0, atol=1e-14)
+
+
+def test_the_number_of_experts_is_checked():
+    with pytest.raises(ValueError, match="chooses among 4 experts, 1 were given"):
+        run_experts(torch.zeros(1, D), Routing(torch.ones(1, 1), torch.zeros(1, 1).long(), E), [lambda x: x])
+
+
+def test_unstack_gathers_one_gradient_with_zeros_for_the_unused():
+    stacked = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    first, _, third = unstack(stacked)
+    ((first**2).sum() + (3 * third).sum()).backward()
+    expected = torch.stack([2 * stacked[0], torch.zeros(2, 2), torch.full((2, 2), 3.0)]).detach()
+    torch.testing.assert_close(stacked.grad, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linear_equals_the_plain_product_with_gradients(rows, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 24, dtype=dtype, generator=generator, requires_grad=True)
+    w = torch.randn(16, 24, dtype=dtype, generator=generator, requires_grad=True)
+    upstream = torch.randn(rows, 16, dtype=dtype, generator=generator)
+    got, expected = linear(x, w), (x.double() @ w.double().T)
+    tolerance = {torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
+    mine = torch.autograd.grad(got, [x, w], upstream)
+    torch.testing.assert_close(mine[0].double(), upstream.double() @ w.double(), rtol=0, atol=tolerance)
+    torch.testing.assert_close(mine[1].double(), upstream.double().T @ x.double(), rtol=0, atol=tolerance)
+
+
+def test_onednn_is_used_and_can_be_switched_off(monkeypatch):
+    called = []
+    real = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: (called.append(1), real(*args))[1])
+    a, b = torch.randn(16, 8), torch.randn(4, 8)
+    product(a, b)
+    assert called == [1]
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    torch.testing.assert_close(product(a, b), a @ b.T)
+    assert called == [1]
+
+
+def test_linear_gradcheck():
+    x, w = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 4), (2, 4)])
+    assert torch.autograd.gradcheck(linear, [x, w])
