@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -299,14 +300,15 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _sentence(box: str) -> str:
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rules = [index for index, line in enumerate(lines) if line.startswith("───")]
-    if not lines:
-        return box.strip() or "wrong use; see gatework --help"
-    said = " ".join(lines[: rules[0] if rules else len(lines)]).rstrip(".")
+    """What the box says between its title and its first rule, and what was meant, if it knows."""
+    lines = [line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    rules = [index for index, line in enumerate(lines) if line and not line.strip("─-")]
+    first = 1 if not rules or rules[0] > 1 else rules[0] + 1  # The title stands in the frame, or above a rule of its own.
+    last = next((rule for rule in rules if rule > first), len(lines))
+    said = " ".join(" ".join(lines[first:last]).split()).rstrip(".")
     meant = [lines[index + 1] for index, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")]
     said += f"; did you mean {meant[0].split()[0]!r}?" if meant else ""
-    return f"{said} (see gatework --help)"
+    return f"{said or 'wrong use'} (see gatework --help)"
 
 
 def _explain(error: Exception) -> int:

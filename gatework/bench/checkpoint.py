@@ -7,6 +7,7 @@ metadata.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -52,7 +53,8 @@ def save(path: str | Path, tree: Any, about: Mapping[str, Any] | None = None) ->
         save_file(tensors, temporary, metadata)
         os.replace(temporary, path)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) or type(error).__module__.startswith("safetensors"):
             raise CheckpointError(f"the checkpoint {str(path)!r} cannot be written: {error}") from error
         raise

@@ -41,19 +41,20 @@ def match(study: Study, task: Any, device: str = "cpu", say: Callable[[str], Non
     Raises:
         GateworkError: a model cannot be built, or cannot be made equal; the variant is named.
     """
-    bench = _Bench(study, task, device)
-    sizes: dict[str, int | None] = {}
-    for name, variant in study.resolved.items():
-        if say:
-            say(f"fitting {name}")
-        sizes[name] = bench.size(variant)
-    fitted = {name: bench.measure(study.resolved[name], size) for name, size in sizes.items()}
-    seconds = bench.time(sizes)
-    for name, entry in fitted.items():
-        entry["seconds_per_token"] = seconds[name]
-        entry["tokens"] = study.tokens
-        if study.match == "seconds":
-            entry["tokens"] = max(1, round(study.tokens * seconds["baseline"] / seconds[name]))
+    with torch.random.fork_rng():  # The caller's random state is left alone.
+        bench = _Bench(study, task, device)
+        sizes: dict[str, int | None] = {}
+        for name, variant in study.resolved.items():
+            if say:
+                say(f"fitting {name}")
+            sizes[name] = bench.size(variant)
+        fitted = {name: bench.measure(study.resolved[name], size) for name, size in sizes.items()}
+        seconds = bench.time(sizes)
+        for name, entry in fitted.items():
+            entry["seconds_per_token"] = seconds[name]
+            entry["tokens"] = study.tokens
+            if study.match == "seconds":
+                entry["tokens"] = max(1, round(study.tokens * seconds["baseline"] / seconds[name]))
     return fitted
 
 
@@ -98,29 +99,27 @@ class _Bench:
         """Number of parameters; nothing is initialised where the parts can be built without."""
         try:
             with torch.device("meta"):
-                return count_parameters(build_model(self.task, variant, d_ff))
+                return float(count_parameters(build_model(self.task, variant, d_ff)))
         except (NotImplementedError, RuntimeError):
-            return count_parameters(build_model(self.task, variant, d_ff))
+            return float(count_parameters(build_model(self.task, variant, d_ff)))
 
     def learner(self, variant: Variant, d_ff: int | None) -> Any:
-        """A throw-away learner; the caller's random state is left alone."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = build_model(self.task, variant, d_ff).to(self.device).train()
-            return build_learner(model, self.task, variant, 1e-4, self.steps)
+        """A throw-away learner."""
+        torch.manual_seed(0)
+        model = build_model(self.task, variant, d_ff).to(self.device).train()
+        return build_learner(model, self.task, variant, 1e-4, self.steps)
 
     def flops(self, variant: Variant, d_ff: int | None) -> float:
         """Executed training FLOPs per token: the mean of the start, the middle (four times) and the end of the parts'
         schedules."""
         learner = self.learner(variant, d_ff)
         counts = []
-        with torch.random.fork_rng():
-            for share in (0.0, 0.5, 1.0):
-                if share:
-                    advance(learner.model, max(1, round(share * self.steps)), self.steps)
-                with count_flops() as count:
-                    learner.estimate(self.batch)
-                counts.append(count.total)
+        for share in (0.0, 0.5, 1.0):
+            if share:
+                advance(learner.model, max(1, round(share * self.steps)), self.steps)
+            with count_flops() as count:
+                learner.estimate(self.batch)
+            counts.append(count.total)
         return (counts[0] + 4 * counts[1] + counts[2]) / 6 / self.units
 
     def measure(self, variant: Variant, d_ff: int | None) -> dict[str, Any]:
@@ -136,13 +135,12 @@ class _Bench:
         """Median seconds per token of a training step, all variants in turn."""
         learners = {name: self.learner(self.study.resolved[name], size) for name, size in sizes.items()}
         times: dict[str, list[float]] = {name: [] for name in learners}
-        with torch.random.fork_rng():
-            for repeat in range(TIMED_STEPS + 1):
-                for name, learner in learners.items():
-                    start = time.perf_counter()
-                    float(learner.step(self.batch)["loss"])
-                    if repeat:
-                        times[name].append(time.perf_counter() - start)
+        for repeat in range(TIMED_STEPS + 1):
+            for name, learner in learners.items():
+                start = time.perf_counter()
+                float(learner.step(self.batch)["loss"])
+                if repeat:
+                    times[name].append(time.perf_counter() - start)
         return {name: statistics.median(values) / self.units for name, values in times.items()}
 
 

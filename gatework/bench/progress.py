@@ -22,15 +22,22 @@ class Display:
     Args:
         title: of the study.
         matched: what was fitted, for the expected length of each trial.
-        score: name and unit of the score.
+        score: name of the score.
+        unit: of the budget, "token" or "example".
         quiet: show nothing.
         tune_share: length of a tuning trial relative to a final run.
     """
 
     def __init__(
-        self, title: str, matched: Mapping[str, Any], score: tuple[str, str], quiet: bool = False, tune_share: float = 1.0
+        self,
+        title: str,
+        matched: Mapping[str, Any],
+        score: str = "score",
+        unit: str = "token",
+        quiet: bool = False,
+        tune_share: float = 1.0,
     ) -> None:
-        self._title, self._matched, self._score, self._tune_share = title, matched, score, tune_share
+        self._title, self._matched, self._score, self._unit, self._tune_share = title, matched, score, unit, tune_share
         self._console = Console(stderr=True, quiet=quiet)
         self._live = (
             Live(console=self._console, refresh_per_second=4, transient=True) if self._console.is_terminal and not quiet else None
@@ -88,7 +95,7 @@ class Display:
         record = trial.record or {}
         what = f"[{number:>{len(str(total))}}/{total}] {trial.plan.key:<28}"
         if record.get("status") == "ok":
-            what += f" {self._score[0]} {record['score']:.4f}  {record['cost']['tokens_per_second']:,.0f} {'tokens'}/s"
+            what += f" {self._score} {record['score']:.4f}  {record['cost']['tokens_per_second']:,.0f} {self._unit}s/s"
         else:
             what += f" {record.get('status')}: {str(record.get('error')).splitlines()[0][:80]}"
         return what + (f"  {_time(left)} left" if left is not None and number < total else "")
@@ -107,7 +114,7 @@ class Display:
                     trial.plan.key,
                     ProgressBar(total=1.0, completed=_share(trial), width=16),
                     f"loss {at['train_loss']:.3f}" if "train_loss" in at else "",
-                    f"{at['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in at else "",
+                    f"{at['tokens_per_second']:,.0f} {self._unit}s/s" if "tokens_per_second" in at else "",
                 )
         return Group(head, ProgressBar(total=len(trials), completed=finished, width=60), table)
 

@@ -3,6 +3,7 @@ atomically."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -76,7 +77,8 @@ def write_json(path: Path, content: Any) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise GateworkError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
 
 

@@ -4,7 +4,6 @@ hashed."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import json
 import typing
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gatework.bench.record import digest
 from gatework.bench.settings import choice, count, interval, model_table, parse, settings_text, study_name, variant_table
 from gatework.core.errors import GateworkError
 from gatework.core.expression import Spec, parse_pattern, parse_value
@@ -139,12 +139,13 @@ class Study:
 
     @property
     def hash(self) -> str:
-        """Of everything that decides a result: the configuration and the data, not where the data lies nor what the
-        study is called."""
-        content = self.describe()
-        content.pop("name")
+        """Of everything that decides a result: the data (not where they lie) and every variant's settings (not how they
+        are written)."""
+        content = self.describe() | {"variants": {name: variant.describe() for name, variant in self.resolved.items()}}
+        for key in ("name", "baseline", "model", "learning_rates", "imports"):
+            content.pop(key)
         content["task"].pop("data", None)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(content)
 
     def describe(self) -> dict[str, Any]:
         """A JSON-able copy from which :func:`restore` makes an equal study."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gatework.bench.study import Variant
 from gatework.core.contracts import metrics
@@ -182,8 +183,8 @@ def _counted(learner: Learner, batch: Any, log: Log, with_memory: bool) -> dict[
         with count_flops() as count:
             losses = learner.step(batch)
     else:
-        known: Any = (learner.model, learner.state_dict(), *batch)
-        with peak_bytes(*known) as peak, count_flops() as count:
+        known = [value for value in tree_leaves((learner.state_dict(), batch)) if isinstance(value, Tensor)]
+        with peak_bytes(learner.model, *known) as peak, count_flops() as count:
             losses = learner.step(batch)
         log.peak_bytes = peak.total
     log.flops.append(count.total)

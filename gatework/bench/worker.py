@@ -44,7 +44,8 @@ def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.random.fork_rng():  # Trials seed themselves; the caller's random state is left alone.
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gatework.bench import trainer, trial
+from gatework.bench.store import Plan
+from gatework.bench.study import define
+from gatework.bench.tasks import make_task
+from gatework.models import Decoder
+
+TASK = {"name": "text", "length": 16, "eval_tokens": 512}
+FIT = {"d_ff": None, "tokens": 64 * 20}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "book.txt"
+    text = b"".join(b"%d times %d is %d\n" % (i % 13, i % 7, (i % 13) * (i % 7)) for i in range(2000))
+    path.write_bytes(text)
+    return str(path)
+
+
+def make(data, **settings):
+    values = {
+        "task": TASK, "data": data, "model": {"d_model": 16, "layers": 1, "heads": 2}, "tokens": 64 * 20, "batch_size": 4, "match": "none",
+        "variants": {"mlp": "feedforward=mlp"}, "evaluations": 2,
+    }  # fmt: skip
+    study = define(values | settings)
+    return study, make_task(**study.task)
+
+
+def plan(variant="baseline", seed=3, phase="final", rate=0.02):
+    return Plan(f"{phase}/{variant}/{seed}", variant, phase, seed, seed, rate)
+
+
+def timeless(record):
+    cost = {k: v for k, v in record["cost"].items() if k not in ("seconds", "tokens_per_second")}
+    return record | {"cost": cost, "curve": [{k: v for k, v in point.items() if k != "seconds"} for point in record["curve"]]}
+
+
+def by_hand(task, seed=3, steps=20, rate=0.02):
+    """The same run, written out: AdamW with decay 0.1 on matrices, warm-up of 5% and cosine to a tenth, gradients clipped at norm 1."""
+    torch.manual_seed(seed)
+    model = Decoder(256, d_model=16, layers=1, heads=2, mixer="attention", feedforward="glu")
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.95), eps=1e-8
+    )
+    warmup, losses = math.ceil(0.05 * steps), []
+    for step, (x, y) in zip(range(steps), task.batches(seed, 4), strict=False):
+        done = (step - warmup) / (steps - warmup)
+        factor = (step + 1) / warmup if step < warmup else 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.grad.mul_(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def test_a_run_equals_a_loop_written_by_hand(data):
+    study, task = make(data)
+    record = trial.run(study, task, plan(), FIT)
+    model, losses = by_hand(task)
+    assert record["status"] == "ok", record["error"]
+    assert [point["step"] for point in record["curve"]] == list(range(1, 21))
+    assert [point["train_loss"] for point in record["curve"]] == pytest.approx(losses, rel=1e-5)
+    with torch.no_grad():
+        test = task.evaluate(model.eval(), "test")
+    assert record["test"]["loss"] == pytest.approx(test["loss"], rel=1e-5)
+    assert record["score"] == record["test"]["loss"]
+
+
+def test_what_a_record_says(data):
+    study, task = make(data)
+    record = trial.run(study, task, plan(), FIT)
+    model, _ = by_hand(task, steps=2)
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = parameters - 16 - 16 - 16  # Without the norms' gains.
+    attention = 16 * 16 * 2 * 2
+    cost = record["cost"]
+    assert cost["parameters"] == cost["active_parameters"] == parameters
+    assert cost["forward_flops_per_token"] == pytest.approx(2 * weights + attention / 2)
+    assert cost["train_flops_per_token"] == pytest.approx(6 * weights + attention * 7 / 4)
+    assert cost["train_flops"] == pytest.approx(cost["train_flops_per_token"] * 64 * 20)
+    assert cost["tokens"] == 64 * 20
+    assert cost["tokens_per_second"] == pytest.approx(64 * 20 / cost["seconds"])
+    assert cost["decode_state_bytes"] == 2 * 16 * 16 * 4
+    assert cost["peak_bytes"] > 4 * 64 * 256  # The logits at least.
+    assert [point["step"] for point in record["curve"] if point["validation_loss"] is not None] == [10, 20]
+    assert record["curve"][-1]["tokens"] == 64 * 20
+    assert record["validation"]["loss"] == record["curve"][-1]["validation_loss"]
+    assert record["data_hash"] == task.data_hash
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["hardware"]["threads"] == 1
+    assert record["config"]["variant"]["optim"] == "adamw"
+    assert (record["key"], record["variant"], record["phase"], record["seed"]) == ("final/baseline/3", "baseline", "final", 3)
+
+
+def test_the_same_key_gives_the_same_record(data):
+    study, task = make(data, variants={"drawn": "mixer=attention(window=8)"})
+    first = trial.run(study, task, plan("drawn"), FIT)
+    torch.randn(100)
+    assert timeless(trial.run(study, task, plan("drawn"), FIT)) == timeless(first)
+    assert timeless(trial.run(study, task, plan("drawn", seed=4), FIT))["curve"] != timeless(first)["curve"]
+
+
+def test_variants_share_data_and_start(data):
+    study, task = make(data, variants={"window": "mixer=attention(window=16)"})
+    # A window as long as the text changes nothing, so neither start nor data may differ.
+    base, window = (trial.run(study, task, plan(name), FIT) for name in ("baseline", "window"))
+    assert [p["train_loss"] for p in base["curve"]] == pytest.approx([p["train_loss"] for p in window["curve"]], rel=1e-4)
+
+
+def test_tuning_is_scored_on_all_of_validation_and_never_sees_the_test(data):
+    study, task = make(data)
+    asked = []
+    real = task.evaluate
+    task.evaluate = lambda predict, split, batches=None: asked.append((split, batches)) or real(predict, split, batches)
+    record = trial.run(study, task, plan(phase="tune"), FIT | {"tokens": 64 * 20})
+    assert asked == [("validation", None)]
+    assert record["test"] is None
+    assert record["score"] == record["validation"]["loss"]
+    assert record["config"]["tokens"] == study.tune_tokens
+    asked.clear()
+    trial.run(study, task, plan(), FIT)
+    assert asked == [("validation", trial.CURVE_BATCHES)] * 2 + [("test", None)]
+
+
+def test_a_tuning_budget_is_scaled_with_the_final_one(data):
+    study, task = make(data, tokens=6400, tune_tokens=3200)
+    record = trial.run(study, task, plan(phase="tune"), {"d_ff": None, "tokens": 3200})
+    assert record["config"]["tokens"] == 1600
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_divergence(data, bad):
+    study, task = make(data)
+    real, calls = task.loss, []
+    task.loss = lambda out, y: real(out, y) * (bad if calls.append(1) or len(calls) > 7 else 1.0)
+    record = trial.run(study, task, plan(), FIT)
+    assert record["status"] == "diverged"
+    assert "training loss" in record["error"]
+    assert (record["score"], record["test"], record["validation"]) == (None, None, {})
+    assert len(record["curve"]) == 7
+
+
+def test_a_huge_learning_rate_diverges_and_says_so(data):
+    study, task = make(data, baseline="optim=adamw(weight_decay=10.0)")
+    record = trial.run(study, task, plan(rate=1e12), FIT | {"tokens": 64 * 200})
+    assert record["status"] == "diverged"
+    assert record["score"] is None
+
+
+def test_a_validation_that_is_no_number_is_divergence(data):
+    study, task = make(data)
+    task.evaluate = lambda *args: {"loss": math.nan}
+    record = trial.run(study, task, plan(), FIT)
+    assert record["status"] == "diverged"
+    assert "validation loss" in record["error"]
+
+
+def test_a_failure_is_a_result(data):
+    study, task = make(data)
+
+    def broken(out, y):
+        raise RuntimeError("no luck today")
+
+    task.loss = broken
+    record = trial.run(study, task, plan(), FIT)
+    assert record["status"] == "failed"
+    assert record["error"] == "RuntimeError: no luck today"
+    assert "broken" in record["traceback"]
+
+
+def test_an_interruption_is_no_result(data):
+    study, task = make(data)
+
+    def interrupt(point):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(study, task, plan(), FIT, progress=interrupt)
+
+
+def test_an_interrupted_trial_continues_bit_for_bit(data, tmp_path, monkeypatch):
+    study, task = make(data)
+    whole = trial.run(study, task, plan(), FIT)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", -1.0)
+    seen = []
+
+    def interrupt(point):
+        seen.append(point["step"])
+        if point["step"] == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(study, task, plan(), FIT, progress=interrupt, folder=tmp_path)
+    kept = list((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["final-baseline-3.safetensors"]
+    resumed = []
+    record = trial.run(study, task, plan(), FIT, progress=lambda point: resumed.append(point["step"]), folder=tmp_path)
+    assert resumed[0] == 13
+    assert timeless(record) == timeless(whole)
+    assert not kept[0].exists()
+
+
+def test_a_checkpoint_of_another_run_or_a_broken_one_is_not_used(data, tmp_path, monkeypatch):
+    study, task = make(data)
+    whole = trial.run(study, task, plan(), FIT)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", -1.0)
+
+    def stop(point):
+        if point["step"] == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(study, task, dataclasses.replace(plan(), learning_rate=0.01), FIT, progress=stop, folder=tmp_path)
+    steps = []
+    record = trial.run(study, task, plan(), FIT, progress=lambda point: steps.append(point["step"]), folder=tmp_path)
+    assert steps[0] == 1
+    assert timeless(record) == timeless(whole)
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "checkpoints" / "final-baseline-3.safetensors").write_bytes(b"half a fi")
+    assert timeless(trial.run(study, task, plan(), FIT, folder=tmp_path)) == timeless(whole)
+
+
+def test_a_kept_model_reads_back(data, tmp_path):
+    from gatework.bench.saved import evaluate, load_model
+
+    study, task = make(data)
+    record = trial.run(study, task, plan(), FIT, folder=tmp_path, save=True)
+    path = tmp_path / "models" / "final-baseline-3.safetensors"
+    assert evaluate(path)["loss"] == record["test"]["loss"]
+    model, loaded, _ = load_model(path)
+    assert loaded == study
+    assert sum(p.numel() for p in model.parameters()) == record["cost"]["parameters"]
+
+
+def test_decay_is_for_matrices(data):
+    study, task = make(data)
+    model = trainer.build_model(task, study.resolved["baseline"])
+    learner = trainer.build_learner(model, task, study.resolved["baseline"], 0.1, 10)
+    decays = {p: group["weight_decay"] for group in learner.optimizer.param_groups for p in group["params"]}
+    assert set(decays) == set(model.parameters())
+    assert {p.ndim >= 2 for p, decay in decays.items() if decay > 0} == {True}
+    assert {p.ndim < 2 for p, decay in decays.items() if decay == 0} == {True}
+
+
+def test_a_classifier_is_trained_by_the_same_loop():
+    study = define({"task": "digits", "variants": {"r": "activation=gelu"}, "tokens": 64 * 60, "tune_tokens": 640})
+    task = make_task("digits")
+    record = trial.run(study, task, plan(rate=5e-3), {"d_ff": None, "tokens": 64 * 60})
+    assert record["status"] == "ok", record["error"]
+    assert record["score"] == record["test"]["error"]
+    assert record["score"] < 0.5
+    assert record["cost"]["decode_state_bytes"] is None
