@@ -326,7 +326,7 @@ class Comparison:
         return f"<Comparison {self.study['name']}: {self.headline()}>"
 
     def report(self, path: str | Path) -> Path:
-        """Write ``report.html``, ``report.md``, ``report.csv`` and ``report.json`` into the folder ``path``; returns the page's path.
+        """Write ``report.html``, ``report.md``, ``report.csv`` and ``report.json`` into a folder; returns the page's path.
 
         Raises:
             GateworkError: the folder cannot be written.
@@ -376,7 +376,8 @@ def load(run_dir: str | Path) -> Comparison:
     try:
         return Comparison(study, records)
     except (KeyError, TypeError, AttributeError) as error:
-        raise GateworkError(f"{str(folder)!r} holds no study that this version can read: {type(error).__name__} {error}") from error
+        what = f"{type(error).__name__} {error}"
+        raise GateworkError(f"{str(folder)!r} holds no study that this version can read: {what}") from error
 
 
 __all__ = ["ALPHA", "Axis", "Comparison", "Row", "View", "finished", "load"]

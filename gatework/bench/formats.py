@@ -73,7 +73,7 @@ def percent(value: float | None, sign: bool = True) -> str:
 
 def ratio(value: float | None) -> str:
     """A multiple of the baseline."""
-    return NOTHING if value is None else f"{significant(value)}x"
+    return NOTHING if value is None else f"{value:.2f}x" if abs(value) < 10 else f"{significant(value)}x"
 
 
 def p_value(value: float | None) -> str:

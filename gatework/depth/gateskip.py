@@ -112,7 +112,7 @@ class GateSkip(BlockPolicy):
         ValueError: for a budget outside (0, 1], a warmup outside [0, 1], a negative loss weight, an unknown form.
     """
 
-    capabilities = BlockPolicy.capabilities | {  # type: ignore[operator]
+    capabilities = BlockPolicy.capabilities | {
         "compiles": No("how many tokens are gathered depends on the data"),
     }
 
@@ -312,16 +312,15 @@ def _few(keep: Tensor) -> tuple[int, bool]:
 
 def _mix(block: Any, x: Tensor, u: Tensor, g: Tensor, keep: Tensor | None, state: Any, mask: Any, segments: Any) -> Tensor:
     """The stream after the gated mixer branch."""
-    g = g.to(x.dtype)
     if keep is None:
-        return x + g * block.mixer(u, state=state, mask=mask, segments=segments)
+        return _add(x, g, block.mixer(u, state=state, mask=mask, segments=segments))
     kept, few = _few(keep)
     if few:
         if not kept and state is None:
             return x
         # Outputs of skipped tokens are exactly 0.
-        return x + g * block.mixer(u, state=state, mask=mask, segments=segments, keep=keep)
-    return torch.where(keep[..., None], x + g * block.mixer(u, state=state, mask=mask, segments=segments), x)
+        return _add(x, g, block.mixer(u, state=state, mask=mask, segments=segments, keep=keep))
+    return torch.where(keep[..., None], _add(x, g, block.mixer(u, state=state, mask=mask, segments=segments)), x)
 
 
 def _transform(block: Any, x: Tensor, u: Tensor, g: Tensor, keep: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -332,16 +331,19 @@ def _transform(block: Any, x: Tensor, u: Tensor, g: Tensor, keep: Tensor | None,
         y: Tensor = block.feedforward(x, mask=mask) - x if owns else block.feedforward(u, mask=mask)
         return y
 
-    g = g.to(x.dtype)
     if keep is None:
-        return x + g * branch(x, u, mask)
+        return _add(x, g, branch(x, u, mask))
     kept, few = _few(keep)
     if not kept:
         return x
     if not few:
         # The mask keeps skipped tokens out of routing and statistics, as gathering does.
-        return torch.where(keep[..., None], x + g * branch(x, u, keep), x)
+        return torch.where(keep[..., None], _add(x, g, branch(x, u, keep)), x)
     rows = keep.flatten().nonzero()[:, 0]
     x_N, u_N, g_N = (value.flatten(0, 1).index_select(0, rows) for value in (x, u, g))
-    y_N = x_N + g_N * branch(x_N, u_N, None)
-    return x.flatten(0, 1).index_copy(0, rows, y_N.to(x.dtype)).view_as(x)
+    return x.flatten(0, 1).index_copy(0, rows, _add(x_N, g_N, branch(x_N, u_N, None))).view_as(x)
+
+
+def _add(x: Tensor, g: Tensor, y: Tensor) -> Tensor:
+    """``x + g * y`` in the dtype of the stream."""
+    return torch.addcmul(x, g.to(x.dtype), y.to(x.dtype))

@@ -14,7 +14,7 @@ with, as in the paper.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -121,7 +121,7 @@ class TopK(Router):
         self.metrics = self.monitor(routing, mask)
         return routing
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: Any, recurse: bool = True) -> TopK:
         # A change of the model's dtype leaves the bias in float32: its steps of 1e-3 would vanish in bfloat16.
         super()._apply(fn, recurse)
         if self.bias_rate:

@@ -215,13 +215,13 @@ class Attention(SequenceMixer):
         """Outputs of the kept tokens, 0 elsewhere; queries, scores and output projection run for the kept tokens only."""
         batch, new, width = x.shape
         rows = keep.flatten().nonzero()[:, 0]
-        x_N = x.reshape(-1, width)[rows]
+        x_N = x.reshape(-1, width).index_select(0, rows)
         if cos is not None and sin is not None:
-            cos, sin = (angle.expand(batch, -1, -1).flatten(0, 1)[rows] for angle in (cos, sin))
+            cos, sin = (angle.expand(batch, -1, -1).flatten(0, 1).index_select(0, rows) for angle in (cos, sin))
         queries_N = self._place(self.query(x_N), self.q_norm, cos, sin)
         heads_N = self._attend_kept(queries_N, rows, keep, keys, values, limits)
         y_N = self.output(heads_N, x_N)
-        return y_N.new_zeros(batch * new, width).index_copy(0, rows, y_N).view(batch, new, width)
+        return y_N.new_zeros(batch * new, width).index_copy_(0, rows, y_N).view(batch, new, width)
 
     def _attend_kept(
         self, queries_N: Tensor, rows: Tensor, keep: Tensor, keys: Tensor, values: Tensor, limits: _Limits | None
@@ -234,8 +234,8 @@ class Attention(SequenceMixer):
         row, token_N = rows // new, rows % new
         most = int(rank.max()) + 1 if len(rows) else 0
         place = row * most + rank
-        token = token_N.new_zeros(batch * most).index_copy(0, place, token_N).view(batch, most)
-        queries = queries_N.new_zeros(batch * most, *queries_N.shape[1:]).index_copy(0, place, queries_N)
+        token = token_N.new_zeros(batch * most).index_copy_(0, place, token_N).view(batch, most)
+        queries = queries_N.new_zeros(batch * most, *queries_N.shape[1:]).index_copy_(0, place, queries_N)
         queries = queries.view(batch, most, *queries_N.shape[1:]).transpose(1, 2)
         # Chunks of queries, each against no later keys than its last one needs, and with a window no earlier ones.
         starts = range(0, most, KEPT_CHUNK)
@@ -252,7 +252,7 @@ class Attention(SequenceMixer):
             heads.append(self._sdpa(queries[:, :, start : start + KEPT_CHUNK], keys[:, :, :end], values[:, :, :end], allowed))
         if not heads:
             return queries_N
-        return torch.cat(heads, dim=2).transpose(1, 2).flatten(0, 1)[place]
+        return torch.cat(heads, dim=2).transpose(1, 2).flatten(0, 1).index_select(0, place)
 
     def _sdpa(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -277,11 +277,12 @@ class Attention(SequenceMixer):
 
 def _allowed(query: Int[Tensor, "#B T"], entry: Int[Tensor, "#B S"], causal: bool, window: int | None) -> Bool[Tensor, "#B T S"]:
     """Which entries each query may see, by position."""
-    distance = query[:, :, None] - entry[:, None, :]
-    allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    if window is not None:
-        allowed = allowed & (distance.abs() < window)
-    return allowed
+    query, entry = query[:, :, None], entry[:, None, :]
+    if causal:
+        return entry <= query if window is None else (entry <= query) & (entry > query - window)
+    if window is None:
+        return torch.ones_like(entry <= query)
+    return (entry < query + window) & (entry > query - window)
 
 
 class _Limits:

@@ -22,8 +22,12 @@ def tree():
     return {
         "model": {"weight": weight, "again": weight, "view": weight.t(), "empty": torch.zeros(0)},
         "optimizer": {"state": {0: {"step": torch.tensor(3.0), "m": torch.randn(2, dtype=torch.float64)}}, "betas": (0.9, 0.95)},
-        "text": "ä", "none": None, "flag": True, "list": [1, 2.5, torch.arange(3)], "bf16": torch.ones(2, dtype=torch.bfloat16),
-    }  # fmt: skip
+        "text": "ä",
+        "none": None,
+        "flag": True,
+        "list": [1, 2.5, torch.arange(3)],
+        "bf16": torch.ones(2, dtype=torch.bfloat16),
+    }
 
 
 def same(a, b):

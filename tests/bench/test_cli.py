@@ -77,9 +77,7 @@ def test_papers(capsys):
     assert "Gated Linear Attention" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "expression", ["golu", "glu(activation=gelu)", "attention(heads=2)", "gla", "stack", "gateskip"]
-)  # fmt: skip
+@pytest.mark.parametrize("expression", ["golu", "glu(activation=gelu)", "attention(heads=2)", "gla", "stack", "gateskip"])
 def test_profile(capsys, expression):
     assert main(["profile", expression, "--d-model", "32", "--tokens", "16", "--threads", "1"]) == 0
     out = capsys.readouterr().out
@@ -114,12 +112,37 @@ def test_compare_report_evaluate(folder, capsys):
 
 
 def test_flags_win_over_the_file(folder):
-    arguments = ["compare", "study.toml", "--variant", "mlp=feedforward=mlp, learning_rates=1e-3, 1e-2", "--tokens", "1.28e3", "--out", "runs/x"]
-    more = ["--seeds", "1", "--tune", "0", "--match", "none", "--workers", "0", "--learning-rates", "1e-4,1e-2", "--model", "layers=2"]
+    arguments = [
+        "compare",
+        "study.toml",
+        "--variant",
+        "mlp=feedforward=mlp, learning_rates=1e-3, 1e-2",
+        "--tokens",
+        "1.28e3",
+        "--out",
+        "runs/x",
+    ]
+    more = [
+        "--seeds",
+        "1",
+        "--tune",
+        "0",
+        "--match",
+        "none",
+        "--workers",
+        "0",
+        "--learning-rates",
+        "1e-4,1e-2",
+        "--model",
+        "layers=2",
+    ]
     assert main(arguments + more) == 0
     study = json.loads((folder / "runs" / "x" / "study.json").read_text())
     assert (study["name"], study["tokens"], study["match"], study["learning_rates"]) == ("x", 1280, "none", [1e-4, 1e-2])
-    assert study["variants"] == {"baseline": "mixer=attention, feedforward=glu", "mlp": "feedforward=mlp, learning_rates=1e-3, 1e-2"}
+    assert study["variants"] == {
+        "baseline": "mixer=attention, feedforward=glu",
+        "mlp": "feedforward=mlp, learning_rates=1e-3, 1e-2",
+    }
     assert study["definition"]["model"]["layers"] == 2
 
 

@@ -60,7 +60,8 @@ def command(*arguments):
 def results(records):
     """Everything but what the clock decides."""
     return {
-        r["key"]: (r["status"], r["score"], r["learning_rate"], r["test"], [(p["step"], p["train_loss"]) for p in r["curve"]]) for r in records
+        r["key"]: (r["status"], r["score"], r["learning_rate"], r["test"], [(p["step"], p["train_loss"]) for p in r["curve"]])
+        for r in records
     }
 
 
@@ -84,7 +85,9 @@ def finished(folder):
 def test_killed_at_any_moment_and_resumed(folder, whole, seed):
     # The whole group is killed (the command and its workers) again and again, at a moment of chance, until the study ends.
     chance, kept, attempts = random.Random(seed), {}, 0
-    process = subprocess.Popen(command("compare", "study.toml", "--workers", "2"), start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("compare", "study.toml", "--workers", "2"), start_new_session=True, stderr=subprocess.DEVNULL
+    )
     while True:
         try:
             # A start takes some seconds; the later attempts are given more, so that the loop ends.
@@ -113,7 +116,9 @@ def test_killed_at_any_moment_and_resumed(folder, whole, seed):
 
 
 def test_a_killed_worker_is_replaced(folder, whole):
-    process = subprocess.Popen(command("compare", "study.toml", "--workers", "1"), start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("compare", "study.toml", "--workers", "1"), start_new_session=True, stderr=subprocess.DEVNULL
+    )
     try:
         deadline, killed = time.monotonic() + 60, None
         while killed is None and time.monotonic() < deadline:
@@ -178,7 +183,10 @@ def test_two_workers_on_one_store_share_the_trials(folder, whole):
 WRONG = [
     (["compare", "study.toml", "--variant", "a=feedforward=versatil"], "no feedforward 'versatil'"),
     (["compare", "study.toml", "--variant", "a=mixer=atention"], "no mixer 'atention'; did you mean 'attention'?"),
-    (["compare", "study.toml", "--variant", "a=mixer=attention(windw=4)"], "attention has no argument 'windw'; did you mean 'window'?"),
+    (
+        ["compare", "study.toml", "--variant", "a=mixer=attention(windw=4)"],
+        "attention has no argument 'windw'; did you mean 'window'?",
+    ),
     (["compare", "study.toml", "--variant", "a=mixer=attention(window=x)"], "window must be a whole number or None, got 'x'"),
     (["compare", "study.toml", "--variant", "a=mixer=attention(window=0)"], "window"),
     (["compare", "study.toml", "--variant", "a=mixer=attention(heads=5)"], "variant 'a': attention: "),
@@ -290,7 +298,20 @@ def test_an_unreadable_file(folder, capsys, monkeypatch):
 
 def test_bytes_are_bytes(folder, capsys):
     (folder / "binary.bin").write_bytes(random.Random(0).randbytes(20_000))
-    arguments = ["compare", "study.toml", "--data", "binary.bin", "--workers", "0", "--tune", "0", "--seeds", "1", "--tokens", "640"]
+    arguments = [
+        "compare",
+        "study.toml",
+        "--data",
+        "binary.bin",
+        "--workers",
+        "0",
+        "--tune",
+        "0",
+        "--seeds",
+        "1",
+        "--tokens",
+        "640",
+    ]
     assert main(arguments) == 0
     record = json.loads((folder / "runs" / "study" / "records" / "final" / "win" / "seed0.json").read_text())
     assert record["status"] == "ok"

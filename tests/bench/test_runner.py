@@ -14,7 +14,9 @@ from gatework.bench.study import define
 from gatework.bench.worker import work
 from gatework.core.errors import GateworkError
 
-KEYS = {f"tune/{v}/{i}" for v in ("baseline", "win") for i in range(2)} | {f"final/{v}/seed{s}" for v in ("baseline", "win") for s in range(2)}
+KEYS = {f"tune/{v}/{i}" for v in ("baseline", "win") for i in range(2)} | {
+    f"final/{v}/seed{s}" for v in ("baseline", "win") for s in range(2)
+}
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +24,16 @@ def settings(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "book.txt"
     path.write_bytes(b"".join(b"%d times %d is %d\n" % (i % 13, i % 7, (i % 13) * (i % 7)) for i in range(2000)))
     return {
-        "task": {"name": "text", "length": 16, "eval_tokens": 512}, "data": str(path), "model": {"d_model": 16, "layers": 1, "heads": 2},
-        "tokens": 64 * 10, "tune_tokens": 64 * 5, "batch_size": 4, "tune": 2, "seeds": 2, "variants": {"win": "mixer=attention(window=4)"},
-    }  # fmt: skip
+        "task": {"name": "text", "length": 16, "eval_tokens": 512},
+        "data": str(path),
+        "model": {"d_model": 16, "layers": 1, "heads": 2},
+        "tokens": 64 * 10,
+        "tune_tokens": 64 * 5,
+        "batch_size": 4,
+        "tune": 2,
+        "seeds": 2,
+        "variants": {"win": "mixer=attention(window=4)"},
+    }
 
 
 def files(folder):
@@ -48,8 +57,13 @@ def test_from_python(settings, tmp_path, capsys):
     assert study["variants"] == {"baseline": "mixer=attention, feedforward=glu", "win": "mixer=attention(window=4)"}
     assert study["score"] == {"name": "loss", "unit": "nats per byte", "lower_is_better": True}
     assert set(study["matched"]["win"]) == {
-        "d_ff", "parameters", "active_parameters", "flops_per_token", "seconds_per_token", "tokens",
-    }  # fmt: skip
+        "d_ff",
+        "parameters",
+        "active_parameters",
+        "flops_per_token",
+        "seconds_per_token",
+        "tokens",
+    }
     finals = [record for record in comparison.records if record["phase"] == "final"]
     for final in finals:
         tuned = [r for r in comparison.records if r["phase"] == "tune" and r["variant"] == final["variant"]]
@@ -74,7 +88,12 @@ def test_again_runs_nothing_and_another_configuration_is_refused(settings, tmp_p
         compare(out=tmp_path / "a", workers=0, quiet=True, **settings | {"tokens": 999})
     with pytest.raises(GateworkError, match="another configuration"):
         compare(
-            out=tmp_path / "b", name="a", store=f"sqlite:///{tmp_path}/a/study.db", workers=0, quiet=True, **settings | {"tokens": 999}
+            out=tmp_path / "b",
+            name="a",
+            store=f"sqlite:///{tmp_path}/a/study.db",
+            workers=0,
+            quiet=True,
+            **settings | {"tokens": 999},
         )
     assert not (tmp_path / "b" / "study.json").exists()
 
@@ -155,7 +174,11 @@ def test_a_failed_trial_is_told_and_tried_again(settings, tmp_path, monkeypatch)
 
 
 def test_a_diverging_variant_is_shown_and_the_study_goes_on(settings, tmp_path):
-    change = {"variants": {"wild": "learning_rates=1e12, 1e13, optim=adamw(weight_decay=10.0)"}, "tokens": 64 * 60, "tune_tokens": 64 * 60}
+    change = {
+        "variants": {"wild": "learning_rates=1e12, 1e13, optim=adamw(weight_decay=10.0)"},
+        "tokens": 64 * 60,
+        "tune_tokens": 64 * 60,
+    }
     comparison = compare(out=tmp_path / "a", workers=0, quiet=True, strict=True, **settings | change)
     status = {record["key"]: record["status"] for record in comparison.records}
     assert {status[key] for key in status if "wild" in key} == {"diverged"}
@@ -166,13 +189,17 @@ def test_a_diverging_variant_is_shown_and_the_study_goes_on(settings, tmp_path):
 
 
 def test_without_tuning_the_middle_of_the_range_is_taken(settings, tmp_path):
-    comparison = compare(out=tmp_path / "a", workers=0, quiet=True, **settings | {"tune": 0, "learning_rates": [1e-3, 1e-1], "seeds": 1})
+    comparison = compare(
+        out=tmp_path / "a", workers=0, quiet=True, **settings | {"tune": 0, "learning_rates": [1e-3, 1e-1], "seeds": 1}
+    )
     assert [record["learning_rate"] for record in comparison.records] == pytest.approx([1e-2, 1e-2])
     assert len(comparison.records) == 2
 
 
 def test_the_plan(settings):
-    study = define(settings | {"tune": 8, "seeds": 2, "learning_rates": [1e-3, 1e-1], "variants": {"b": "layers=1, learning_rates=1e-2, 1"}})
+    study = define(
+        settings | {"tune": 8, "seeds": 2, "learning_rates": [1e-3, 1e-1], "variants": {"b": "layers=1, learning_rates=1e-2, 1"}}
+    )
     fitted = {"seconds_per_token": 1.0, "tokens": 10}
     plans = plan(study, {"baseline": fitted, "b": fitted | {"seconds_per_token": 2.0}})
     assert [p.key for p in plans[:2]] == ["tune/b/0", "tune/baseline/0"]  # The longest first.
@@ -197,7 +224,7 @@ def test_worker_processes(settings, tmp_path):
 def test_workers_that_do_not_start_are_told(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "tyro.py").write_text("raise RuntimeError('this machine is broken')")
-    with pytest.raises(GateworkError, match="workers do not start .exit code 1.: RuntimeError: this machine is broken"):
+    with pytest.raises(GateworkError, match=r"workers do not start .exit code 1.: RuntimeError: this machine is broken"):
         compare(out=tmp_path / "a", workers=1, quiet=True, **settings)
 
 

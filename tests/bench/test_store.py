@@ -253,7 +253,7 @@ def test_stores_that_are_none(tmp_path):
         Store(str(tmp_path / "text.db"), "s")
     with pytest.raises(GateworkError, match="cannot be reached"):
         Store("nonsense://x", "s")
-    with pytest.raises(GateworkError, match="needs the Python package|cannot be opened|cannot be reached") as caught:
+    with pytest.raises(GateworkError, match=r"needs the Python package|cannot be opened|cannot be reached") as caught:
         Store("postgresql://me:secret@127.0.0.1:1/x", "s")
     assert "secret" not in str(caught.value)
 

@@ -36,7 +36,10 @@ def test_a_variant_changes_the_baseline_and_nothing_else(data):
     study = small(
         data,
         baseline="mixer=attention(window=8), feedforward=glu",
-        variants={"a": "feedforward=mlp(activation=relu)", "b": "mixer=attention, optim=adamw(weight_decay=0.0), learning_rates=1e-4, 1e-3"},
+        variants={
+            "a": "feedforward=mlp(activation=relu)",
+            "b": "mixer=attention, optim=adamw(weight_decay=0.0), learning_rates=1e-4, 1e-3",
+        },
         model={"d_model": 32, "layers": 2},
     )
     base, a, b = (study.resolved[name] for name in ("baseline", "a", "b"))
@@ -55,7 +58,9 @@ def test_patterns_and_numbers(data):
 
 
 def test_restored_equal(data):
-    study = small(data, variants=['a=mixer=attention(window=8)', "b = feedforward=mlp"], learning_rates=[1e-3, 1e-2], tokens=2e6, seeds=5)
+    study = small(
+        data, variants=["a=mixer=attention(window=8)", "b = feedforward=mlp"], learning_rates=[1e-3, 1e-2], tokens=2e6, seeds=5
+    )
     copy = restore(json.loads(json.dumps(study.describe())))
     assert copy == study
     assert copy.resolved == study.resolved
@@ -65,12 +70,22 @@ def test_restored_equal(data):
 @pytest.mark.parametrize(
     "change",
     [
-        {"tokens": 10_000}, {"tune_tokens": 10_000}, {"seeds": 7}, {"tune": 7}, {"match": "none"}, {"learning_rates": [1e-4, 1e-3]},
-        {"batch_size": 3}, {"model": {"d_model": 48}}, {"evaluations": 2}, {"baseline": "mixer=attention(window=4)"},
-        {"variants": {"wide": "feedforward=mlp(activation=relu)"}}, {"variants": {"broad": "feedforward=mlp"}}, {"task": TASK | {"length": 8}},
+        {"tokens": 10_000},
+        {"tune_tokens": 10_000},
+        {"seeds": 7},
+        {"tune": 7},
+        {"match": "none"},
+        {"learning_rates": [1e-4, 1e-3]},
+        {"batch_size": 3},
+        {"model": {"d_model": 48}},
+        {"evaluations": 2},
+        {"baseline": "mixer=attention(window=4)"},
+        {"variants": {"wide": "feedforward=mlp(activation=relu)"}},
+        {"variants": {"broad": "feedforward=mlp"}},
+        {"task": TASK | {"length": 8}},
     ],
     ids=lambda change: next(iter(change)),
-)  # fmt: skip
+)
 def test_everything_that_decides_a_result_is_hashed(data, change):
     assert small(data, **change).hash != small(data).hash
 

@@ -27,9 +27,15 @@ def data(tmp_path_factory):
 
 def make(data, **settings):
     values = {
-        "task": TASK, "data": data, "model": {"d_model": 16, "layers": 1, "heads": 2}, "tokens": 64 * 20, "batch_size": 4, "match": "none",
-        "variants": {"mlp": "feedforward=mlp"}, "evaluations": 2,
-    }  # fmt: skip
+        "task": TASK,
+        "data": data,
+        "model": {"d_model": 16, "layers": 1, "heads": 2},
+        "tokens": 64 * 20,
+        "batch_size": 4,
+        "match": "none",
+        "variants": {"mlp": "feedforward=mlp"},
+        "evaluations": 2,
+    }
     study = define(values | settings)
     return study, make_task(**study.task)
 

@@ -9,7 +9,7 @@ from gatework.core.errors import GateworkError
 
 
 class Digits(SupervisedTask):
-    """Ten classes of 8x8 pictures (1 channel, values 0 to 1): 1,078 train, 359 validate, 360 test, stratified by class.
+    """Ten classes of 8x8 pictures (1 channel, values 0 to 1): 1,077 train, 360 validate, 360 test, stratified by class.
 
     Args:
         split_seed: seed of the split.

@@ -1,0 +1,350 @@
+"""The report's plots, as Plotly figures in plain dictionaries.
+
+Colours are written as names that the page resolves in the reader's theme: ``@c2`` is the colour of the third variant,
+``@c2/0.2`` the same at an opacity of 0.2, ``@ink``, ``@muted`` and ``@surface`` are the page's own. A variant has the same
+colour and symbol in every plot.
+"""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from gatework.bench.comparison import Comparison, finished
+from gatework.bench.statistics import expected_best, mean_curve, mean_sd, pareto
+
+#: How many colours the page has; more variants than that start again, with other symbols.
+COLOURS = 9
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down", "hexagon", "cross", "pentagon", "bowtie")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One plot: an id for the page, a title, what it shows in a sentence, traces, layout, and a range of the y axis to zoom to."""
+
+    id: str
+    title: str
+    caption: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    zoom: dict[str, list[float]] | None = field(default=None)
+
+    def spec(self) -> dict[str, Any]:
+        """What the page's script needs."""
+        return {"id": self.id, "data": self.data, "layout": self.layout, "zoom": self.zoom}
+
+
+def colour(comparison: Comparison, name: str, opacity: float | None = None) -> str:
+    """The token of a variant's colour."""
+    token = f"@c{comparison.names.index(name) % COLOURS}"
+    return token if opacity is None else f"{token}/{opacity}"
+
+
+def symbol(comparison: Comparison, name: str) -> str:
+    """The variant's plotting symbol."""
+    return SYMBOLS[comparison.names.index(name) % len(SYMBOLS)]
+
+
+def plain(text: str) -> str:
+    """Text that Plotly shows as it is: its labels understand a little HTML."""
+    return html.escape(text, quote=False)
+
+
+def score_title(comparison: Comparison, split: str) -> str:
+    """An axis title: what the score is, in which unit, which way is better."""
+    score = comparison.study["score"]
+    unit = f", {score['unit']}" if score.get("unit") else ""
+    return plain(f"{split} {score['name'].replace('_', ' ')}{unit}")
+
+
+def _unit(comparison: Comparison) -> str:
+    return str(comparison.study.get("unit", "token")) + "s"
+
+
+# Quality against cost
+
+
+def quality(comparison: Comparison) -> list[Figure]:
+    """Test score against executed FLOPs, seconds and parameters, with the Pareto front."""
+    axes = (
+        ("flops", "train_flops", "Executed training FLOPs"),
+        ("seconds", "seconds", "Training time (s)"),
+        ("parameters", "parameters", "Parameters"),
+    )
+    return [_scatter(comparison, f"pareto-{key}", field, title) for key, field, title in axes]
+
+
+def _scatter(comparison: Comparison, id: str, field: str, title: str) -> Figure:
+    data: list[dict[str, Any]] = []
+    points = []
+    for row in comparison.rows:
+        cost = row.cost.get(field)
+        if row.score is None or cost is None:
+            continue
+        points.append((row.name, cost, row.score))
+        mark = {"color": colour(comparison, row.name), "symbol": symbol(comparison, row.name)}
+        runs = [r for r in comparison.runs(row.name, "final") if finished(r) and r["cost"].get(field) is not None]
+        data.append(
+            _line(
+                comparison, row.name, [r["cost"][field] for r in runs], [r["score"] for r in runs],
+                mode="markers", marker=mark | {"size": 6, "opacity": 0.35}, text=[f"seed {r['seed']}" for r in runs],
+                hovertemplate="%{text}<br>%{x:.4s}<br>%{y:.4f}",
+            )
+        )  # fmt: skip
+        error = {"type": "data", "array": [row.sd or 0.0], "visible": row.sd is not None, "thickness": 1.5, "width": 5}
+        data.append(
+            _line(
+                comparison, row.name, [cost], [row.score], mode="markers",
+                marker=mark | {"size": 12, "line": {"width": 1.5, "color": "@surface"}},
+                error_y=error | {"color": colour(comparison, row.name)}, hovertemplate="mean<br>%{x:.4s}<br>%{y:.4f}",
+            )
+        )  # fmt: skip
+    front = pareto([c for _, c, _ in points], [s for _, _, s in points], comparison.lower_is_better)
+    data.insert(
+        0,
+        {
+            "type": "scatter", "name": "Pareto front", "x": [points[i][1] for i in front], "y": [points[i][2] for i in front],
+            "mode": "lines", "line": {"shape": "hv", "dash": "dot", "width": 2, "color": "@muted"}, "hoverinfo": "skip",
+            "showlegend": False,
+        },
+    )  # fmt: skip
+    costs = [c for _, c, _ in points]
+    xaxis: dict[str, Any] = {"title": {"text": title}, "tickformat": ".3~s", "nticks": 6}
+    if costs and max(costs) <= 1.15 * min(costs):  # Equal by design: a tight axis would show rounding as if it were a trade.
+        middle = (max(costs) + min(costs)) / 2
+        xaxis["range"] = [0.8 * middle, 1.2 * middle]
+    elif costs and max(costs) > 20 * min(costs) > 0:
+        xaxis["type"] = "log"
+    on_front = [points[i][0] for i in front]
+    caption = f"On the front: {', '.join(on_front)}." if on_front else "No run has finished."
+    return Figure(id, f"Against {title[0].lower()}{title[1:]}", caption, data, _layout(xaxis, score_title(comparison, "test")))
+
+
+def _line(comparison: Comparison, name: str, x: list[Any], y: list[Any], **more: Any) -> dict[str, Any]:
+    trace = {"type": "scatter", "name": plain(name), "legendgroup": name, "x": x, "y": y, "showlegend": False}
+    trace["meta"] = plain(name)
+    if "hovertemplate" in more:
+        more["hovertemplate"] = "<b>%{meta}</b><br>" + more["hovertemplate"] + "<extra></extra>"
+    return trace | more
+
+
+def _layout(xaxis: dict[str, Any], ytitle: str, **more: Any) -> dict[str, Any]:
+    return {"xaxis": xaxis, "yaxis": {"title": {"text": ytitle}, "tickformat": ".4~g"}} | more
+
+
+# Learning curves
+
+
+def curves(comparison: Comparison) -> list[Figure]:
+    """Mean validation loss with the range over seeds, against tokens and against seconds; broken runs dashed."""
+    unit = _unit(comparison)
+    return [
+        _curves(comparison, "curve-tokens", "tokens", unit.capitalize(), ".3~s"),
+        _curves(comparison, "curve-seconds", "seconds", "Training time (s)", ".3~g"),
+    ]
+
+
+def _curves(comparison: Comparison, id: str, field: str, title: str, tickformat: str) -> Figure:
+    data: list[dict[str, Any]] = []
+    late: list[float] = []
+    ends: list[float] = []
+    for row in comparison.rows:
+        runs = comparison.runs(row.name, "final")
+        good = [[p for p in r["curve"] if p["validation_loss"] is not None] for r in runs if finished(r)]
+        losses = mean_curve([{p["step"]: p["validation_loss"] for p in curve} for curve in good])
+        where = {step: mean for step, mean, _, _ in mean_curve([{p["step"]: p[field] for p in curve} for curve in good])}
+        x = [where[step] for step, _, _, _ in losses]
+        if losses:
+            if len(good) > 1:
+                band_y = [high for *_, high in losses] + [low for _, _, low, _ in reversed(losses)]
+                data.append(
+                    _line(
+                        comparison, row.name, x + x[::-1], band_y, mode="lines", fill="toself", hoverinfo="skip",
+                        line={"width": 0}, fillcolor=colour(comparison, row.name, 0.18),
+                    )
+                )  # fmt: skip
+            data.append(
+                _line(
+                    comparison, row.name, x, [mean for _, mean, _, _ in losses], mode="lines+markers", showlegend=True,
+                    line={"color": colour(comparison, row.name), "width": 2},
+                    marker={"size": 6, "symbol": symbol(comparison, row.name)},
+                    hovertemplate="%{x:.4s}<br>%{y:.4f}",
+                )
+            )  # fmt: skip
+            half = [point for point in losses if 2 * point[0] >= losses[-1][0]]
+            late += [value for _, _, low, high in half for value in (low, high)]
+            ends.append(x[-1])
+        for run in runs:
+            if not finished(run) and run["curve"]:
+                data.append(_broken(comparison, row.name, run, field))
+    caption = "Mean over seeds; the band spans the seeds. A run that broke is dashed (its training loss) up to where it ended."
+    zoom = None
+    if late:
+        pad = 0.08 * (max(late) - min(late) or 1.0)
+        zoom = {"x": [0.45 * min(ends), 1.02 * max(ends)], "y": [min(late) - pad, max(late) + pad]}
+    layout = _layout({"title": {"text": title}, "tickformat": tickformat, "rangemode": "tozero"}, "validation loss")
+    return Figure(id, f"Validation loss against {title[0].lower()}{title[1:]}", caption, data, layout, zoom)
+
+
+def _broken(comparison: Comparison, name: str, run: dict[str, Any], field: str) -> dict[str, Any]:
+    points = [p for p in run["curve"] if p["train_loss"] is not None]
+    sizes = [0] * (len(points) - 1) + [11]
+    return _line(
+        comparison, name, [p[field] for p in points], [p["train_loss"] for p in points], mode="lines+markers",
+        line={"color": colour(comparison, name), "width": 1.5, "dash": "dash"}, marker={"symbol": "x-thin-open", "size": sizes},
+        hovertemplate=f"seed {run['seed']} {run['status']}<br>%{{x:.4s}}<br>%{{y:.4f}}",
+    )  # fmt: skip
+
+
+# Tuning
+
+
+def tuning(comparison: Comparison) -> list[Figure]:
+    """Validation score against the learning rate, and the expected best score against the number of trials."""
+    if not any(comparison.runs(name, "tune") for name in comparison.names):
+        return []
+    good = [r["score"] for r in comparison.records if r["phase"] == "tune" and finished(r)]
+    if not good:
+        return []
+    worst = max(good) if comparison.lower_is_better else min(good)
+    rates: list[dict[str, Any]] = []
+    best: list[dict[str, Any]] = []
+    for row in comparison.rows:
+        runs = sorted(comparison.runs(row.name, "tune"), key=lambda r: r["learning_rate"] or 0.0)
+        mark = {"symbol": symbol(comparison, row.name), "color": colour(comparison, row.name)}
+        line = {"color": colour(comparison, row.name), "width": 1.5}
+        ok, bad = [r for r in runs if finished(r)], [r for r in runs if not finished(r)]
+        if ok:
+            chosen = [r["learning_rate"] == row.learning_rate for r in ok]
+            ring = [2.5 if c else 0 for c in chosen]
+            rates.append(
+                _line(
+                    comparison, row.name, [r["learning_rate"] for r in ok], [r["score"] for r in ok], mode="lines+markers",
+                    line=line, showlegend=True,
+                    marker=mark | {"size": [14 if c else 8 for c in chosen], "line": {"width": ring, "color": "@ink"}},
+                    text=["chosen" if c else "" for c in chosen], hovertemplate="learning rate %{x:.3g} %{text}<br>%{y:.4f}",
+                )
+            )  # fmt: skip
+        if bad:
+            rates.append(
+                _line(
+                    comparison, row.name, [r["learning_rate"] for r in bad], [worst] * len(bad), mode="markers",
+                    marker=mark | {"symbol": "x-thin-open", "size": 12, "line": {"width": 3}},
+                    text=[r["status"] for r in bad], hovertemplate="learning rate %{x:.3g}: %{text}",
+                )
+            )  # fmt: skip
+        scores = [r["score"] if finished(r) else worst for r in runs]
+        if scores:
+            expected = expected_best(scores, comparison.lower_is_better)
+            best.append(
+                _line(
+                    comparison, row.name, list(range(1, len(expected) + 1)), expected, mode="lines+markers", line=line,
+                    marker=mark | {"size": 8}, showlegend=True, hovertemplate="best of %{x}: %{y:.4f}",
+                )
+            )  # fmt: skip
+    title = score_title(comparison, "validation")
+    xaxis = {"type": "log", "title": {"text": "Learning rate"}, "dtick": "D2", "tickformat": ".1~g"}
+    return [
+        Figure(
+            "tune-rate", "Score against learning rate",
+            "Every tuning trial. Ringed: the chosen one. A thin cross: the trial diverged or failed (drawn at the worst score).",
+            rates, _layout(xaxis, title),
+        ),
+        Figure(
+            "tune-trials", "Expected best score against number of trials",
+            "How hard a variant is to tune: the mean of the best of n of its trials, over all choices of n. "
+            "A trial that broke counts as the worst score of all.",
+            best, _layout({"title": {"text": "Tuning trials"}, "dtick": 1 if len(best[0]["x"]) <= 20 else None}, title),
+        ),
+    ]  # fmt: skip
+
+
+# What the parts report of themselves
+
+
+def means(comparison: Comparison, name: str) -> dict[str, float | list[float]]:
+    """The metrics of a variant's parts, averaged over its finished final runs; lists element by element."""
+    collected: defaultdict[str, list[Any]] = defaultdict(list)
+    for run in comparison.runs(name, "final"):
+        if finished(run):
+            for key, value in run.get("metrics", {}).items():
+                collected[key].append(value)
+    found: dict[str, float | list[float]] = {}
+    for key, values in collected.items():
+        if isinstance(values[0], list):
+            same = [v for v in values if isinstance(v, list) and len(v) == len(values[0])]
+            columns = [mean_sd([x for x in column if isinstance(x, int | float)])[0] for column in zip(*same, strict=True)]
+            if columns and all(c is not None for c in columns):
+                found[key] = [c for c in columns if c is not None]
+        else:
+            mean = mean_sd([v for v in values if isinstance(v, int | float)])[0]
+            if mean is not None:
+                found[key] = mean
+    return found
+
+
+def inside(comparison: Comparison) -> list[Figure]:
+    """Bars of what the parts measured: each list (expert loads, gates by channel) and each number that several layers report."""
+    figures: list[Figure] = []
+    for name in comparison.names:
+        groups: defaultdict[tuple[str, bool], dict[str, Any]] = defaultdict(dict)
+        for key, value in means(comparison, name).items():
+            path, _, leaf = key.rpartition(".")
+            groups[leaf, isinstance(value, list)][path or leaf] = value
+        for (leaf, is_list), values in groups.items():
+            if is_list:
+                figures.append(_list_bars(comparison, name, leaf, values, len(figures)))
+            elif len(values) > 1:
+                figures.append(_layer_bars(comparison, name, leaf, values, len(figures)))
+    return figures
+
+
+def shortened(paths: list[str]) -> list[str]:
+    """Paths of modules without what they all share at their end and beginning: ``blocks.0.feedforward`` is ``blocks.0``."""
+    split = [path.split(".") for path in paths]
+    while len(split) > 1 and all(len(p) > 2 for p in split) and len({p[-1] for p in split}) == 1:
+        split = [p[:-1] for p in split]
+    return [".".join(p) for p in split]
+
+
+def _list_bars(comparison: Comparison, name: str, leaf: str, values: dict[str, list[float]], number: int) -> Figure:
+    data = []
+    labels = shortened(list(values))
+    for i, (label, heights) in enumerate(zip(labels, values.values(), strict=True)):
+        opacity = round(1 - 0.65 * i / max(len(values) - 1, 1), 2)
+        data.append(
+            {
+                "type": "bar", "name": plain(label), "x": list(range(len(heights))), "y": heights, "showlegend": len(values) > 1,
+                "marker": {"color": colour(comparison, name, opacity)},
+                "hovertemplate": f"{plain(label)}, %{{x}}: %{{y:.4g}}<extra></extra>",
+            }
+        )  # fmt: skip
+    longest = max(map(len, values.values()))
+    shares = all(abs(sum(heights) - 1) < 0.02 and min(heights) >= 0 for heights in values.values())
+    expert = "load" in leaf or "importance" in leaf
+    layout = _layout({"title": {"text": "Expert" if expert else "Index"}, "dtick": 1 if longest <= 16 else None}, plain(leaf))
+    layout |= {"barmode": "group", "bargap": 0.25}
+    layout["yaxis"]["rangemode"] = "tozero"
+    caption = "Mean over seeds, one colour per layer." if len(values) > 1 else "Mean over seeds."
+    if shares:
+        layout["shapes"] = [
+            {
+                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1 / longest, "y1": 1 / longest,
+                "line": {"dash": "dot", "width": 1.5, "color": "@muted"},
+            }
+        ]  # fmt: skip
+        caption += " Dotted: an even share."
+    return Figure(f"inside-{number}", f"{name}: {leaf}", caption, data, layout)
+
+
+def _layer_bars(comparison: Comparison, name: str, leaf: str, values: dict[str, float], number: int) -> Figure:
+    labels = [plain(label) for label in shortened(list(values))]
+    bars = {
+        "type": "bar", "name": plain(leaf), "x": labels, "y": list(values.values()), "showlegend": False,
+        "marker": {"color": colour(comparison, name)}, "hovertemplate": "%{x}: %{y:.4g}<extra></extra>",
+    }  # fmt: skip
+    layout = _layout({"type": "category"}, plain(leaf), bargap=0.35)
+    layout["yaxis"]["rangemode"] = "tozero"
+    return Figure(f"inside-{number}", f"{name}: {leaf}", "Mean over seeds, by layer.", [bars], layout)

@@ -1,0 +1,50 @@
+"use strict";
+(() => {
+  const specs = JSON.parse(document.getElementById("figures").textContent);
+  const style = () => getComputedStyle(document.documentElement);
+  const variable = (name) => style().getPropertyValue("--" + name).trim();
+
+  // "@c2/0.3" is the page's colour --c2 at an opacity of 0.3.
+  const colour = (token) => {
+    const [name, opacity] = token.slice(1).split("/");
+    const hex = variable(name);
+    if (!opacity) return hex;
+    const channels = [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+    return `rgba(${channels.join(",")},${opacity})`;
+  };
+  const resolve = (value, key) => {
+    if (Array.isArray(value)) return value.map((item) => resolve(item, key));
+    if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, resolve(v, k)]));
+    return typeof value === "string" && /color$/.test(key) && value[0] === "@" ? colour(value) : value;
+  };
+
+  const axis = (own) => ({
+    gridcolor: variable("grid"), linecolor: variable("line"), zerolinecolor: variable("line"), ticks: "outside", tickcolor: variable("line"),
+    automargin: true, ...own, title: { standoff: 10, font: { size: 13 }, ...(own || {}).title },
+  });
+  const layout = (own) => ({
+    font: { family: style().getPropertyValue("font-family") || getComputedStyle(document.body).fontFamily, size: 12.5, color: variable("muted") },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 14, t: 10, b: 46 }, hovermode: "closest",
+    hoverlabel: { bgcolor: variable("surface"), bordercolor: variable("line"), font: { color: variable("ink"), size: 13 } },
+    legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { color: variable("ink"), size: 12.5 } },
+    ...resolve(own, ""), xaxis: axis(resolve(own.xaxis, "")), yaxis: axis(resolve(own.yaxis, "")),
+  });
+  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+
+  const draw = () => Promise.all(specs.map((spec) =>
+    Plotly.react(spec.id, resolve(spec.data, ""), layout(spec.layout), config)));
+
+  for (const button of document.querySelectorAll("button[data-figure]")) {
+    const spec = specs.find((one) => one.id === button.dataset.figure);
+    button.addEventListener("click", () => {
+      const near = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", near);
+      button.textContent = near ? "Whole run" : "Zoom to the end";
+      Plotly.relayout(spec.id, near
+        ? { "xaxis.range": spec.zoom.x, "yaxis.range": spec.zoom.y }
+        : { "xaxis.autorange": true, "yaxis.autorange": true });
+    });
+  }
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  draw().then(() => { document.documentElement.dataset.drawn = "true"; });
+})();
