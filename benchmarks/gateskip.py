@@ -67,7 +67,7 @@ def compare(gate_form: str) -> None:
     for name, call, training in (("forward", forward, False), ("forward+backward", forward_backward, True)):
         models = [model.train(training) for model in (skipping, whole, plain)]
         cost = [flops(call, model, x) for model in models]
-        seconds = interleaved(*(partial(call, model, x) for model in models), repeats=9, warmup=2)
+        seconds = interleaved(*(partial(call, model, x) for model in models), repeats=5 if training else 9, warmup=2)
         print("  " + "   ".join(
             f"{side} {f / 1e9:6.1f} GFLOP {s * 1e3:7.1f} ms"
             for side, f, s in zip(("budget 0.5", "budget 1.0", "plain stack"), cost, seconds, strict=True)

@@ -1,8 +1,9 @@
 """``Attention``: causal softmax attention with rotary positions, grouped key-value heads and an optional sliding window.
 
-Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762, section 3.2; rotary positions: Su et al., 2021, arXiv 2104.09864;
-grouped heads: Ainslie et al., GQA, 2023, arXiv 2305.13245; q/k norm: Henry et al., 2020, arXiv 2010.04245, in today's form (RMS
-norm with a gain per channel, before the rotation). With head h of H, its key-value head g = floor(h / (H / kv_heads)), K = d_model / H:
+Vaswani et al., Attention Is All You Need, 2017, arXiv 1706.03762, section 3.2; rotary positions: Su et al., 2021, arXiv
+2104.09864; grouped heads: Ainslie et al., GQA, 2023, arXiv 2305.13245; q/k norm: Henry et al., 2020, arXiv 2010.04245, in today's
+form (RMS norm with a gain per channel, before the rotation). With head h of H, its key-value head g = floor(h / (H / kv_heads)),
+K = d_model / H:
 
     q_h = rope(x W_q,h)    k_g = rope(x W_k,g)    v_g = x W_v,g
     o_h,t = sum_s softmax_s(q_h,t . k_g,s / sqrt(K)) v_g,s    over the positions s <= t, s > t - window

@@ -1,7 +1,7 @@
 """``GatedAttention``: softmax attention with a sigmoid gate, by default on what each head has read, before the output projection.
 
-Qiu et al., Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free, 2025, arXiv 2505.06708. With the
-attention of :mod:`gatework.mixers.attention` and x the (normed) input that also feeds q, the gate of token t is
+Qiu et al., Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free, 2025, arXiv 2505.06708.
+With the attention of :mod:`gatework.mixers.attention` and x the (normed) input that also feeds q, the gate of token t is
 
     g_t = sigmoid(W_g x_t)        W_g without bias, one row per gated channel (elementwise) or per head (headwise)
 
@@ -27,17 +27,17 @@ from gatework.mixers.attention import Attention
 class GatedAttention(Attention):
     """Softmax attention with a sigmoid gate on each head's output.
 
-    ``forward(x (B, T, d_model)) -> (B, T, d_model)``; the gate is computed from the token's own input, so decoding keeps no more than
-    :class:`~gatework.mixers.attention.Attention` does.
+    ``forward(x (B, T, d_model)) -> (B, T, d_model)``; the gate is computed from the token's own input, so decoding keeps no more
+    than :class:`~gatework.mixers.attention.Attention` does.
 
     Args:
         d_model: width of the stream.
         heads, kv_heads, window, qk_norm, rope, rope_base, causal: as in :class:`~gatework.mixers.attention.Attention`.
         position: what is multiplied: ``g1`` head outputs, ``g2`` values, ``g3`` keys, ``g4`` queries, ``g5`` the projected output.
-        gate_form: ``elementwise``, one gate per channel (g1: d_model^2 more parameters); ``headwise``, one per head (g1: heads d_model
-            more parameters; not for g5, which has no heads).
-        preserve: start as plain attention, to convert a trained model: W_g = 0 and the gate is ``2 sigmoid(W_g x)`` for good, which is
-            exactly 1 at the start.
+        gate_form: ``elementwise``, one gate per channel (g1: d_model^2 more parameters); ``headwise``, one per head (g1:
+            heads * d_model more parameters; not for g5, which has no heads).
+        preserve: start as plain attention, to convert a trained model: W_g = 0 and the gate is ``2 sigmoid(W_g x)`` for good,
+            which is exactly 1 at the start.
 
     Initialisation: W_g like all other weights, normal with standard deviation 0.02: the gates start near 1/2, the branch at half
     strength.
