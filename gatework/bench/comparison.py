@@ -20,6 +20,7 @@ from gatework.bench.statistics import (
     ALPHA,
     BETTER,
     POWER,
+    UNDECIDED,
     WORSE,
     Curve,
     Verdict,
@@ -201,13 +202,15 @@ class Comparison:
 
     def headline(self) -> str:
         """One sentence: how many variants are better, worse, not told apart."""
-        words = {word: [n for n, v in self.verdicts.items() if v.word == word] for word in (BETTER, WORSE)}
-        rest = len(self.verdicts) - sum(map(len, words.values()))
-        parts = [f"{formats.listed(names)} {word} than the baseline" for word, names in words.items() if names]
-        if rest:
-            some = f"{rest} of {len(self.verdicts)} not told apart from it"
-            parts.append(some if parts else "no variant is told apart from the baseline")
-        return "; ".join(parts) or "there is nothing but the baseline"
+        words = {word: [n for n, v in self.verdicts.items() if v.word == word] for word in (BETTER, WORSE, UNDECIDED)}
+        if not self.verdicts:
+            return "There is nothing but the baseline."
+        if not words[BETTER] and not words[WORSE]:
+            return "No variant is told apart from the baseline."
+        found = [f"{word} than the baseline: {formats.listed(words[word])}" for word in (BETTER, WORSE) if words[word]]
+        found += [f"{UNDECIDED} from it: {formats.listed(words[UNDECIDED])}"] if words[UNDECIDED] else []
+        text = "; ".join(found)
+        return f"{text[0].upper()}{text[1:]}."
 
     def title(self) -> str:
         """Name, task and size of the study."""

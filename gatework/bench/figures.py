@@ -179,7 +179,9 @@ def _curves(comparison: Comparison, id: str, field: str, title: str, tickformat:
         for run in runs:
             if not finished(run) and run["curve"]:
                 data.append(_broken(comparison, row.name, run, field))
-    caption = "Mean over seeds; the band spans the seeds. A run that broke is dashed (its training loss) up to where it ended."
+    caption = "Mean over seeds; the band spans the seeds. Shown is the second half; a button shows the whole run."
+    if any(not finished(r) and r["curve"] for r in comparison.records if r["phase"] == "final"):
+        caption += " A run that broke is dashed (its training loss) up to where it ended."
     zoom = None
     if late:
         pad = 0.08 * (max(late) - min(late) or 1.0)
@@ -217,14 +219,18 @@ def tuning(comparison: Comparison) -> list[Figure]:
         line = {"color": colour(comparison, row.name), "width": 1.5}
         ok, bad = [r for r in runs if finished(r)], [r for r in runs if not finished(r)]
         if ok:
-            chosen = [r["learning_rate"] == row.learning_rate for r in ok]
-            ring = [2.5 if c else 0 for c in chosen]
+            chosen = [r for r in ok if r["learning_rate"] == row.learning_rate]
             rates.append(
                 _line(
                     comparison, row.name, [r["learning_rate"] for r in ok], [r["score"] for r in ok], mode="lines+markers",
                     line=line, showlegend=True,
-                    marker=mark | {"size": [14 if c else 8 for c in chosen], "line": {"width": ring, "color": "@ink"}},
-                    text=["chosen" if c else "" for c in chosen], hovertemplate="learning rate %{x:.3g} %{text}<br>%{y:.4f}",
+                    marker=mark | {"size": 8}, hovertemplate="learning rate %{x:.3g}<br>%{y:.4f}",
+                )
+            )  # fmt: skip
+            rates.append(
+                _line(
+                    comparison, row.name, [r["learning_rate"] for r in chosen], [r["score"] for r in chosen], mode="markers",
+                    hoverinfo="skip", marker={"symbol": "circle-open", "size": 18, "color": mark["color"], "line": {"width": 1.5}},
                 )
             )  # fmt: skip
         if bad:
@@ -325,7 +331,7 @@ def _list_bars(comparison: Comparison, name: str, leaf: str, values: dict[str, l
     shares = all(abs(sum(heights) - 1) < 0.02 and min(heights) >= 0 for heights in values.values())
     expert = "load" in leaf or "importance" in leaf
     layout = _layout({"title": {"text": "Expert" if expert else "Index"}, "dtick": 1 if longest <= 16 else None}, plain(leaf))
-    layout |= {"barmode": "group", "bargap": 0.25}
+    layout |= {"barmode": "group", "bargap": 0.3}
     layout["yaxis"]["rangemode"] = "tozero"
     caption = "Mean over seeds, one colour per layer." if len(values) > 1 else "Mean over seeds."
     if shares:
@@ -345,6 +351,6 @@ def _layer_bars(comparison: Comparison, name: str, leaf: str, values: dict[str, 
         "type": "bar", "name": plain(leaf), "x": labels, "y": list(values.values()), "showlegend": False,
         "marker": {"color": colour(comparison, name)}, "hovertemplate": "%{x}: %{y:.4g}<extra></extra>",
     }  # fmt: skip
-    layout = _layout({"type": "category"}, plain(leaf), bargap=0.35)
+    layout = _layout({"type": "category"}, plain(leaf), bargap=0.55)
     layout["yaxis"]["rangemode"] = "tozero"
     return Figure(f"inside-{number}", f"{name}: {leaf}", "Mean over seeds, by layer.", [bars], layout)

@@ -165,7 +165,8 @@ def rules(comparison: Comparison) -> list[str]:
         f"{comparison.axes_line()}",
         tuned,
         f"A difference is paired over {formats.counted(comparison.seeds, 'seed')}, with a {1 - ALPHA:.0%} t interval, "
-        f"Holm-corrected over {formats.counted(len(comparison.verdicts), 'variant')}, and is called better, worse or not told apart. "
+        f"Holm-corrected over {formats.counted(len(comparison.verdicts), 'variant')}, and is called better, worse or not told "
+        "apart. "
         f"{comparison.smallest_line()}",
         "Selected on validation, reported on test. A variant's own losses train it and are not in its score. Diverged and failed "
         "runs stay in the table, and a variant with a broken run is never called better.",
@@ -249,8 +250,7 @@ def markdown(comparison: Comparison) -> str:
         "variant", "settings", "test score", "difference, 95% (Holm)", "adjusted p", "verdict", "seeds", "diverged", "failed",
         "training saved", "learning rate",
     ]  # fmt: skip
-    headline = comparison.headline()
-    lines = [f"# {comparison.title()}", "", f"**{headline[0].upper()}{headline[1:]}.** Score: {comparison.score_line()}.", ""]
+    lines = [f"# {comparison.title()}", "", f"**{comparison.headline()}** Score: {comparison.score_line()}.", ""]
     lines += [*_md_table(head, verdict_rows), "", comparison.smallest_line(), ""]
     lines += [f"- {note}" for note in comparison.notes()]
     lines += ["", "## Cost", "", *_md_table(*cost_table(comparison)), "", comparison.axes_line(), "", "## Rules", ""]

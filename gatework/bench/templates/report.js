@@ -23,26 +23,34 @@
     automargin: true, ...own, title: { standoff: 10, font: { size: 13 }, ...(own || {}).title },
   });
   const layout = (own) => ({
-    font: { family: style().getPropertyValue("font-family") || getComputedStyle(document.body).fontFamily, size: 12.5, color: variable("muted") },
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: variable("muted") },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 14, t: 10, b: 46 }, hovermode: "closest",
     hoverlabel: { bgcolor: variable("surface"), bordercolor: variable("line"), font: { color: variable("ink"), size: 13 } },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("muted"), activecolor: variable("accent") },
     legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { color: variable("ink"), size: 12.5 } },
     ...resolve(own, ""), xaxis: axis(resolve(own.xaxis, "")), yaxis: axis(resolve(own.yaxis, "")),
   });
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const config = { responsive: true, displayModeBar: "hover", displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
-  const draw = () => Promise.all(specs.map((spec) =>
-    Plotly.react(spec.id, resolve(spec.data, ""), layout(spec.layout), config)));
+  // A curve starts at its second half, where the variants part; a button shows it whole.
+  const whole = new Set();
+  const ranged = (spec) => {
+    const made = layout(spec.layout);
+    if (spec.zoom && !whole.has(spec.id)) {
+      made.xaxis.range = [...spec.zoom.x];
+      made.yaxis.range = [...spec.zoom.y];
+    }
+    return made;
+  };
+  const react = (spec) => Plotly.react(spec.id, resolve(spec.data, ""), ranged(spec), config);
+  const draw = () => Promise.all(specs.map(react));
 
   for (const button of document.querySelectorAll("button[data-figure]")) {
     const spec = specs.find((one) => one.id === button.dataset.figure);
     button.addEventListener("click", () => {
-      const near = button.getAttribute("aria-pressed") !== "true";
-      button.setAttribute("aria-pressed", near);
-      button.textContent = near ? "Whole run" : "Zoom to the end";
-      Plotly.relayout(spec.id, near
-        ? { "xaxis.range": spec.zoom.x, "yaxis.range": spec.zoom.y }
-        : { "xaxis.autorange": true, "yaxis.autorange": true });
+      if (!whole.delete(spec.id)) whole.add(spec.id);
+      button.textContent = whole.has(spec.id) ? "Second half" : "Whole run";
+      react(spec);
     });
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
