@@ -89,7 +89,8 @@ def main() -> None:
     print(f"faster than scaled_dot_product_attention, forward and backward, from T = {crossover}")
     for length in LENGTHS[LENGTHS.index(LENGTH) + 1 :]:
         growth = seconds[length] / seconds[LENGTH] / (length / LENGTH)
-        print(f"time per token at T={length} over that at T={LENGTH}: {growth:.2f}  want <= 1.3  {'ok' if growth <= 1.3 else 'NOT REACHED'}")
+        verdict = "ok" if growth <= 1.3 else "NOT REACHED"
+        print(f"time per token at T={length} over that at T={LENGTH}: {growth:.2f}  want <= 1.3  {verdict}")
     print(f"{time.perf_counter() - begin:.0f} s in all")
 
 

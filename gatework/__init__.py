@@ -1,7 +1,7 @@
 """gatework: gated, adaptive and parameter-efficient network parts, and a bench that tells which of them pay.
 
-Parts live in their families (``from gatework.feedforward import VersatileFFN``); models in :mod:`gatework.models`; the comparison in
-:mod:`gatework.bench`. Importing the package imports nothing heavy.
+Parts live in their families (``from gatework.feedforward import VersatileFFN``), models in :mod:`gatework.models`, the comparison
+in :mod:`gatework.bench`. Importing the package imports nothing heavy.
 """
 
 from __future__ import annotations

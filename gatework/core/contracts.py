@@ -60,7 +60,7 @@ class Part(nn.Module):
 
     slot: ClassVar[str] = ""
     family: ClassVar[str] = ""
-    capabilities: ClassVar[Mapping[str, bool | No]] = {"compiles": True, "float64": True, "batch_invariant": True}
+    capabilities: ClassVar[dict[str, bool | No]] = {"compiles": True, "float64": True, "batch_invariant": True}
     slots: ClassVar[Mapping[str, str]] = {}
     example: ClassVar[Mapping[str, Any]] = {}
 
@@ -179,7 +179,7 @@ class SequenceMixer(Part):
     """
 
     slot = family = "mixer"
-    capabilities = Part.capabilities | {  # type: ignore[operator]
+    capabilities = Part.capabilities | {
         "causal": True, "decodes": True, "packs": True, "keeps": True, "any_length": True,
     }
 
@@ -220,7 +220,7 @@ class DepthPolicy(Part):
     """
 
     slot = family = "depth"
-    capabilities = Part.capabilities | {"decodes": True, "packs": True}  # type: ignore[operator]
+    capabilities = Part.capabilities | {"decodes": True, "packs": True}
 
     @abstractmethod
     def forward(

@@ -82,7 +82,7 @@ class VersatileFFN(FeedForward):
     """
 
     owns_residual = True
-    capabilities = FeedForward.capabilities | {  # type: ignore[operator]
+    capabilities = FeedForward.capabilities | {
         "compiles": No("tokens are sorted by their number of loops and by expert, so the sizes depend on the data"),
     }
 

@@ -179,6 +179,9 @@ def test_a_defect_is_told_as_one(monkeypatch, capsys):
 
 
 def test_light_commands_import_nothing_heavy():
-    code = "import sys; from gatework.cli import main; main(['parts']); main(['papers']); print([m for m in ('optuna', 'scipy', 'plotly', 'sklearn') if m in sys.modules])"
+    code = (
+        "import sys; from gatework.cli import main; main(['parts']); main(['papers']); "
+        "print([m for m in ('optuna', 'scipy', 'plotly', 'sklearn') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"

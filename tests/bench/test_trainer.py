@@ -50,7 +50,7 @@ def timeless(record):
 
 
 def by_hand(task, seed=3, steps=20, rate=0.02):
-    """The same run, written out: AdamW with decay 0.1 on matrices, warm-up of 5% and cosine to a tenth, gradients clipped at norm 1."""
+    """The same run, written out: AdamW with decay 0.1 on matrices, warm-up of 5%, cosine to a tenth, gradients clipped at 1."""
     torch.manual_seed(seed)
     model = Decoder(256, d_model=16, layers=1, heads=2, mixer="attention", feedforward="glu")
     matrices = [p for p in model.parameters() if p.ndim >= 2]

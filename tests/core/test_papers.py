@@ -49,5 +49,5 @@ def test_lookup_says_what_was_meant():
     ],
 )
 def test_an_entry_with_missing_or_unknown_fields_is_refused(text):
-    with pytest.raises(ValueError, match="the entry 'a' of papers.toml needs"):
+    with pytest.raises(ValueError, match=r"the entry 'a' of papers\.toml needs"):
         papers.read(text)
