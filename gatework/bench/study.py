@@ -39,10 +39,10 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
 #: Defaults by task: what is not given in the file or by a flag.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {
-        "tokens": 300_000,
-        "tune_tokens": 120_000,
-        "batch_size": 16,
-        "learning_rates": (2e-3, 2e-2),
+        "tokens": 400_000,
+        "tune_tokens": 150_000,
+        "batch_size": 8,
+        "learning_rates": (1e-3, 2e-2),
         "baseline": "mixer=attention, feedforward=glu",
         "model": {"d_model": 64, "layers": 3, "heads": 4},
     },
