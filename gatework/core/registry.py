@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -127,9 +127,12 @@ def lookup(name: str, slot: str | None = None) -> Entry:
         raise PartError(f"no {kind} {name!r}; {suggest(name, there)}")
     if slot is not None and entry.slot != slot:
         there = [e.name for e in known.values() if e.slot == slot]
-        article = "an" if entry.slot[0] in "aeiou" else "a"
-        raise PartError(f"{name!r} is {article} {entry.slot}, not a {slot}; there are {', '.join(there)}")
+        raise PartError(f"{name!r} is {_a(entry.slot)}, not {_a(slot)}; there are {', '.join(there)}")
     return entry
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def suggest(name: str, there: Iterable[str]) -> str:
@@ -160,6 +163,8 @@ def check(part: str | Spec, slot: str | None = None) -> Spec:
         PartError: unknown part, unknown or doubled argument, argument of the wrong type.
     """
     spec = parse(part) if isinstance(part, str) else part
+    if not isinstance(spec, Spec):
+        raise PartError(f"{part!r} is not {_a(slot or 'part')}; write name or name(argument=value, ...)")
     entry = lookup(spec.name, slot)
     known = parameters(entry.cls)
     args = dict(spec.args)
@@ -194,7 +199,7 @@ def _check_value(part: str, name: str, value: Any, hint: Any, slot: str | None) 
             return check(value, slot)
         if value is None:
             return None
-        raise PartError(f"{part}: {name} is a {slot} part such as {name}={entries(slot)[0].name}, not {value!r}")
+        raise PartError(f"{part}: {name} is {_a(slot)} part such as {name}={entries(slot)[0].name}, not {value!r}")
     if isinstance(value, Spec):
         if value.args or value.positional:
             raise PartError(f"{part}: {name} takes no part, got {value}")
@@ -211,7 +216,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(hint))
     if origin is Literal:
-        return value in typing.get_args(hint)
+        return any(value == option and type(value) is type(option) for option in typing.get_args(hint))
     if hint is type(None) or hint is None:
         return value is None
     if hint is float:
@@ -221,8 +226,14 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (bool, str):
         return isinstance(value, hint)
     if origin in (tuple, list):
-        return isinstance(value, tuple | list)
+        return isinstance(value, tuple | list) and _all_fit(value, typing.get_args(hint), origin is list)
     return True
+
+
+def _all_fit(values: Sequence[Any], hints: tuple[Any, ...], alike: bool) -> bool:
+    if alike or hints[-1:] == (...,):
+        return all(_fits(value, hint) for value in values for hint in hints[:1])
+    return len(values) == len(hints) and all(map(_fits, values, hints))
 
 
 def _describe(hint: Any) -> str:
@@ -231,6 +242,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     if origin is Literal:
         return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
+    if origin is tuple:
+        return "(" + ", ".join("..." if option is ... else _describe(option) for option in typing.get_args(hint)) + ")"
     if hint is type(None):
         return "None"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(hint, str(hint))
@@ -244,12 +257,18 @@ def build(part: str | Spec | type | nn.Module, slot: str | None = None, /, **con
     give it. ``d_model`` and ``n_experts`` belong to the model: an expression that gives another value is refused.
 
     Raises:
-        PartError: unknown part or argument, wrong type, sizes that do not fit, a required argument that nobody gave.
+        PartError: unknown part or argument, wrong type, sizes that do not fit, a required argument that nobody gave, a
+            class or an instance of a part that fills another slot.
     """
-    if isinstance(part, nn.Module):
-        return part
-    if isinstance(part, type):
-        cls, name, args = part, part.__name__, {}
+    cls: type
+    if isinstance(part, nn.Module | type):
+        cls = part if isinstance(part, type) else type(part)
+        name, args = cls.__name__, {}
+        fills = getattr(cls, "slot", None)
+        if slot is not None and isinstance(fills, str) and fills != slot:
+            raise PartError(f"{name} is {_a(fills)}, not {_a(slot)}")
+        if isinstance(part, nn.Module):
+            return part
     else:
         spec = check(part, slot)
         cls, name, args = lookup(spec.name, slot).cls, spec.name, dict(spec.args)
@@ -267,6 +286,9 @@ def build(part: str | Spec | type | nn.Module, slot: str | None = None, /, **con
         raise
     except ValueError as error:
         raise PartError(f"{name}: {error}") from error
+    except (RuntimeError, OverflowError) as error:  # From torch: sizes beyond its range or this machine's memory.
+        reason = "there is not enough memory" if "allocate" in str(error) else str(error).splitlines()[0]
+        raise PartError(f"{name} cannot be built with these sizes: {reason}") from error
 
 
 def build_pattern(pattern: str | Spec | type | list[Any], slot: str, count: int, /, **context: Any) -> list[Any]:

@@ -53,7 +53,7 @@ class Attention(SequenceMixer):
     projection for the kept ones.
 
     Raises:
-        ValueError: for sizes that do not divide, an odd head width with ``rope``, a window below 1.
+        ValueError: for sizes that do not divide, an odd head width with ``rope``, a window below 1, a ``rope_base`` that is not positive.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class Attention(SequenceMixer):
             raise ValueError(f"rotary positions need an even head width, not d_model / heads = {d_model // heads}")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
+        if rope_base <= 0:
+            raise ValueError(f"rope_base must be positive, got {rope_base}")
         self.d_model, self.heads, self.kv_heads, self.head_width = d_model, heads, kv_heads, d_model // heads
         self.window, self.rope, self.rope_base, self.causal = window, rope, rope_base, causal
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
