@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 try:
@@ -358,7 +359,8 @@ def _show(compare: Any) -> int:
 def _print(comparison: Any, folder: str) -> int:
     print(comparison.table())
     comparison.report(folder)
-    print(f"\nReport: {os.path.join(os.path.relpath(folder), 'report.html')}")
+    page, here = Path(folder, "report.html").absolute(), Path.cwd()
+    print(f"\nReport: {page.relative_to(here) if page.is_relative_to(here) else page}")
     return 0
 
 
