@@ -29,8 +29,8 @@ class Spec:
     positional: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
-        shown = [_show(value) for value in self.positional]
-        shown += [f"{name}={_show(value)}" for name, value in self.args.items()]
+        shown = [show(value) for value in self.positional]
+        shown += [f"{name}={show(value)}" for name, value in self.args.items()]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
 
     def __hash__(self) -> int:
@@ -38,11 +38,12 @@ class Spec:
         return hash((self.name, frozenset(self.args), len(self.positional)))
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """An argument's value as an expression has it."""
     if isinstance(value, Spec):
         return str(value)
     if isinstance(value, list | tuple):
-        inside = ", ".join(map(_show, value))
+        inside = ", ".join(map(show, value))
         return f"[{inside}]" if isinstance(value, list) else f"({inside},)" if len(value) == 1 else f"({inside})"
     return repr(value)
 
@@ -148,7 +149,7 @@ def _tree(text: str) -> ast.expr:
 
 def _printable(value: Any, text: str) -> Any:
     """``value``, unless it prints longer than what can be read back."""
-    length = len(_show(value))
+    length = len(show(value))
     if length > MAX_LENGTH:
         raise PartError(f"a part expression has at most {MAX_LENGTH} characters, {_quoted(text)} has {length} as it is printed")
     return value

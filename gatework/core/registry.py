@@ -20,7 +20,7 @@ from torch import nn
 
 from gatework.core.contracts import CAPABILITIES
 from gatework.core.errors import PartError
-from gatework.core.expression import Spec, parse, parse_pattern
+from gatework.core.expression import Spec, parse, parse_pattern, show
 
 # : The packages that hold parts. They are imported by name when a part is looked up, so that ``core`` depends on none
 # of them.
@@ -139,7 +139,7 @@ def suggest(name: str, there: Iterable[str]) -> str:
     """``did you mean 'x'?`` for a close match, else the list of what exists."""
     there = sorted(there)
     close = difflib.get_close_matches(name, there, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(there)}"
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(there) or 'none'}"
 
 
 def parameters(cls: type) -> dict[str, inspect.Parameter]:
@@ -156,13 +156,13 @@ def slot_of(cls: type, parameter: str) -> str | None:
     return parameter if parameter in slots() else None
 
 
-def check(part: str | Spec, slot: str | None = None) -> Spec:
+def check(part: Any, slot: str | None = None) -> Spec:
     """Validate an expression against the registry and the signatures, without building it; returns the canonical form.
 
     Raises:
         PartError: unknown part, unknown or doubled argument, argument of the wrong type.
     """
-    spec = parse(part) if isinstance(part, str) else part
+    spec: Any = parse(part) if isinstance(part, str) else part
     if not isinstance(spec, Spec):
         raise PartError(f"{part!r} is not {_a(slot or 'part')}; write name or name(argument=value, ...)")
     entry = lookup(spec.name, slot)
@@ -205,8 +205,15 @@ def _check_value(part: str, name: str, value: Any, hint: Any, slot: str | None) 
             raise PartError(f"{part}: {name} takes no part, got {value}")
         value = value.name  # A bare word where no part is meant is a string: score=softmax.
     if not _fits(value, hint):
-        raise PartError(f"{part}: {name} must be {_describe(hint)}, got {value!r}")
-    return value
+        raise PartError(f"{part}: {name} must be {_describe(hint)}, got {show(value)}")
+    return _exact(value, hint)
+
+
+def _exact(value: Any, hint: Any) -> Any:
+    """A whole number as a float where a float is meant: ``capacity=2`` and ``capacity=2.0`` are the same."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and float in options and int not in options else value
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -249,8 +256,8 @@ def _describe(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(hint, str(hint))
 
 
-def build(part: str | Spec | type | nn.Module, slot: str | None = None, /, **context: Any) -> Any:
-    """Build a part from an expression, a class, or an instance (which is returned as it is).
+def build(part: Any, slot: str | None = None, /, **context: Any) -> Any:
+    """Build a part from an expression (text or :class:`Spec`), a class, or an instance (which is returned as it is).
 
     ``context`` offers what the model around the part knows (``d_model``, ``heads``, ``d_ff``, ``n_experts``,
     ``blocks``, ...): each is passed on if the constructor has a parameter of that name and the expression does not
@@ -291,7 +298,7 @@ def build(part: str | Spec | type | nn.Module, slot: str | None = None, /, **con
         raise PartError(f"{name} cannot be built with these sizes: {reason}") from error
 
 
-def build_pattern(pattern: str | Spec | type | list[Any], slot: str, count: int, /, **context: Any) -> list[Any]:
+def build_pattern(pattern: Any, slot: str, count: int, /, **context: Any) -> list[Any]:
     """Build ``count`` parts from a pattern that is repeated along the layers: ``"gla,gla,attention"`` for 6 layers
     twice.
 

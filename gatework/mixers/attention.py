@@ -53,7 +53,7 @@ class Attention(SequenceMixer):
     projection for the kept ones.
 
     Raises:
-        ValueError: for sizes that do not divide, an odd head width with ``rope``, a window below 1, a ``rope_base`` that is not positive.
+        ValueError: for sizes that do not divide, an odd head width with ``rope``, a window below 1, a ``rope_base`` of 0 or less.
     """
 
     def __init__(
