@@ -15,8 +15,9 @@ rejected; Guilbaud 2008, Strassburger and Bretz 2008).
 
 - ``interval``, the one beside each verdict, has the level at which Holm's procedure tested the variant (Ludbrook
   2000): ``1 - alpha / (m - j + 1)`` for the j-th rejection, and ``1 - alpha / (m - r)`` for all that follow the r
-  rejections. It excludes zero exactly when Holm's procedure tells the two apart; each alone covers with at least 95%. Jointly
-  they are not guaranteed 95%.
+  rejections; equal p-values share the strictest of their levels, so the order of the variants does not matter. It
+  excludes zero exactly when Holm's procedure tells the two apart; each alone covers with at least 95%. Jointly they
+  are not guaranteed 95%.
 - ``joint``, at ``1 - alpha / m`` each (Bonferroni): all of them together cover with at least 95%.
 
 **Missing runs.** A seed whose run diverged or failed has no pair. Leaving it out flatters the side that broke, so a
@@ -89,14 +90,17 @@ def holm(p: Sequence[float], alpha: float = ALPHA) -> tuple[list[float], list[fl
     """Holm's step-down correction.
 
     Returns: The adjusted p-values (rejected: at most ``alpha``) and the level at which each hypothesis was tested, in
-        the order given. After the first hypothesis that is kept, all later ones share its level."""
+        the order given. After the first hypothesis that is kept, all later ones share its level; equal p-values share
+        the first one's."""
     m = len(p)
     adjusted, levels = [1.0] * m, [alpha] * m
     running, level, stopped = 0.0, alpha, False
-    for step, i in enumerate(sorted(range(m), key=lambda i: p[i])):
+    order = sorted(range(m), key=lambda i: p[i])
+    for step, i in enumerate(order):
         running = max(running, min(1.0, (m - step) * p[i]))
         adjusted[i] = running
-        if not stopped:
+        tied = step > 0 and p[i] == p[order[step - 1]]
+        if not stopped and not tied:
             level = alpha / (m - step)
             stopped = p[i] > level
         levels[i] = level
