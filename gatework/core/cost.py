@@ -4,7 +4,8 @@ FLOPs are counted from the operations that really ran, below autograd, so dynami
 token that a part skips costs nothing, a recomputation counts twice. A multiply-add is 2 FLOPs; matrix products,
 convolutions and attention count, element-wise functions, normalisations, gathers and reductions count 0 (the convention
 of ``torch.utils.flop_counter``, whose formulas are used). :data:`FORMULAS` adds the operations that torch leaves at 0:
-fused CPU attention, ``grouped_mm``, matrix-vector products, in-place products, triangular solves, fused LSTM.
+fused CPU attention, ``grouped_mm``, matrix-vector products, in-place products, triangular solves, fused LSTM, the fused
+layers that ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` run in evaluation.
 
 Attention is counted in full whatever its mask (two products of T x T forward, five backward with the fused kernels'
 recomputation of the scores, four without): a causal mask is **not** discounted, although fused kernels leave fully
@@ -58,6 +59,18 @@ def _transposed_product(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * a.numel() * b.shape[0]
 
 
+def _attention_layer(query: Tensor, key: Tensor, value: Tensor, width: int, *args: Any, **kwargs: Any) -> int:
+    """All of ``nn.MultiheadAttention``: three projections in, attention, one out."""
+    batch, new, entries = query.shape[0], query.shape[1], key.shape[1]
+    return 2 * batch * width * ((2 * new + 2 * entries) * width + 2 * new * entries)
+
+
+def _encoder_layer(x: Tensor, width: int, heads: int, *args: Any, **kwargs: Any) -> int:
+    """All of ``nn.TransformerEncoderLayer``."""
+    first, second = args[11], args[13]
+    return _attention_layer(x, x, x, width) + 2 * x.shape[0] * x.shape[1] * (first.numel() + second.numel())
+
+
 def _triangular(a: Tensor, b: Tensor, *, left: bool = True, **kwargs: Any) -> int:
     # Each right-hand side costs n(n-1)/2 multiply-adds and n divisions: n^2.
     n = a.shape[-1]
@@ -93,6 +106,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten.addbmm_: _added_product,
     aten._addmm_activation: _added_product,
     aten.linalg_solve_triangular: _triangular,
+    aten._native_multi_head_attention: _attention_layer,
+    aten._transformer_encoder_layer_fwd: _encoder_layer,
     aten.mkldnn_rnn_layer: _lstm,
     aten.mkldnn_rnn_layer_backward: _lstm_backward,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         self,
         input_shape: tuple[int, ...],
         classes: int,
-        backbone: str = "mlp",
+        backbone: Literal["mlp", "convnet", "vit"] = "mlp",
         d_model: int = 128,
         layers: int = 2,
         activation: Any = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -50,7 +52,6 @@ def test_patches_are_the_pixels_of_each_square():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backbone": "resnet"}, "there are mlp, convnet, vit"),
         ({"backbone": "mlp", "mixer": "gla"}, "'mixer' has no place"),
         ({"backbone": "vit", "patch": 3}, "not divisible by patch 3"),
         ({"backbone": "convnet", "d_model": 18}, "not divisible by 4"),
@@ -60,3 +61,9 @@ def test_patches_are_the_pixels_of_each_square():
 def test_wrong_settings_meet_one_sentence(settings, message):
     with pytest.raises(PartError, match=message):
         Classifier(**({"input_shape": (1, 8, 8), "classes": 4} | settings))
+
+
+def test_an_unknown_backbone_is_refused():
+    init = inspect.unwrap(Classifier.__init__)  # The annotation check of the test run comes before the class's own.
+    with pytest.raises(PartError, match="no backbone 'resnet'; there are mlp, convnet, vit"):
+        init(Classifier.__new__(Classifier), (1, 8, 8), 4, backbone="resnet")

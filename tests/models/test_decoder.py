@@ -40,7 +40,7 @@ def test_greedy_generation_equals_uncached(feedforward, depth):
     expected = x
     for _ in range(6):
         expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(model.generate(x, 6, temperature=0), expected)
+    assert torch.equal(model.generate(x, 6, temperature=0.0), expected)
 
 
 def test_left_padded_batch_generates_as_alone():
@@ -49,9 +49,9 @@ def test_left_padded_batch_generates_as_alone():
     padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), long])
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, :5] = False
-    together = model.generate(padded, 5, temperature=0, mask=mask)
-    assert torch.equal(together[0, 9:], model.generate(short, 5, temperature=0)[0, 4:])
-    assert torch.equal(together[1], model.generate(long, 5, temperature=0)[0])
+    together = model.generate(padded, 5, temperature=0.0, mask=mask)
+    assert torch.equal(together[0, 9:], model.generate(short, 5, temperature=0.0)[0, 4:])
+    assert torch.equal(together[1], model.generate(long, 5, temperature=0.0)[0])
 
 
 def test_generation_stops_at_eos_and_repeats_with_a_seed():
@@ -59,8 +59,8 @@ def test_generation_stops_at_eos_and_repeats_with_a_seed():
     first = model.generate(x, 8, top_k=3, generator=torch.Generator().manual_seed(5))
     again = model.generate(x, 8, top_k=3, generator=torch.Generator().manual_seed(5))
     assert torch.equal(first, again)
-    eos = int(model.generate(x, 1, temperature=0)[0, -1])
-    stopped = model.generate(x[:1], 8, temperature=0, eos=eos)
+    eos = int(model.generate(x, 1, temperature=0.0)[0, -1])
+    stopped = model.generate(x[:1], 8, temperature=0.0, eos=eos)
     assert stopped.shape[1] == x.shape[1] + 1
     assert stopped[0, -1] == eos
 
