@@ -356,17 +356,17 @@ class Cost:
         by_op = sorted(self.flops_by_op.items(), key=lambda item: -item[1])[:4]
         shares = ", ".join(f"{name.strip('_')} {100 * flops / self.flops:.0f}%" for name, flops in by_op if flops)
         rows = {
-            "FLOPs": f"{_scaled(self.flops)}{f'  ({shares})' if shares else ''}",
+            "FLOPs": f"{_scaled(self.flops).strip()}{f'  ({shares})' if shares else ''}",
             "time": f"{self.seconds * 1e3:.3f} ms  (median of {self.repeats})",
             "peak memory": f"{_scaled(self.peak_bytes)}B",
             "saved": f"{_scaled(self.saved_bytes)}B for the backward pass" if self.backward else "",
-            "parameters": f"{_scaled(self.parameters)}  ({_scaled(self.active_parameters)} active per token)",
+            "parameters": f"{_scaled(self.parameters).strip()}  ({_scaled(self.active_parameters).strip()} active per token)",
         }
         head = "forward and backward" if self.backward else "forward"
         return "\n".join([head, *(f"  {name:<12} {value}" for name, value in rows.items() if value)])
 
 
-def _scaled(number: float) -> str:
+def _scaled(number: int) -> str:
     for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
             return f"{number / factor:.3g} {unit}"
