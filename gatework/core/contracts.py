@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -49,7 +49,7 @@ CAPABILITIES: dict[str, str] = {
 }
 
 
-class Part(nn.Module):
+class Part(nn.Module, ABC):
     """The base of every part that is a module: slot, capabilities and side outputs.
 
     ``slot`` is the place in a model that the part fills; ``family`` the folder that holds it (the slot's name, unless

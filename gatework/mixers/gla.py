@@ -72,8 +72,10 @@ class GatedLinearAttention(SequenceMixer):
     ) -> None:
         super().__init__()
         key_width, value_width = round(d_model * expand_k), round(d_model * expand_v)
-        if heads < 1 or key_width % heads or value_width % heads or min(key_width, value_width) < 1:
-            raise ValueError(f"the key width {key_width} and value width {value_width} are not positive multiples of heads {heads}")
+        if min(key_width, value_width) < 1:
+            raise ValueError(f"expand_k {expand_k} and expand_v {expand_v} leave the keys or the values no width")
+        if heads < 1 or key_width % heads or value_width % heads:
+            raise ValueError(f"the key width {key_width} and value width {value_width} are not divisible by heads {heads}")
         if decay_rank < 1 or normalizer <= 0:
             raise ValueError(f"decay_rank must be at least 1 and normalizer positive, got {decay_rank} and {normalizer}")
         if chunk < 4 or chunk & (chunk - 1):

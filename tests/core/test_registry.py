@@ -137,7 +137,7 @@ def test_what_is_no_expression_at_all_is_refused(value):
         ("versatile_ffn(d_ff=130)", "feedforward", {"d_model": 16}, "versatile_ffn: d_ff 130 is not divisible by experts 8"),
         ("moe(gate=topk(k=9))", "feedforward", {"d_model": 16}, "topk: k must be between 1 and the number of experts 8, got 9"),
         ("glu(d_ff=-3)", "feedforward", {"d_model": 16}, "glu: d_ff must be at least 1, got -3"),
-        ("gla(expand_k=-1)", "mixer", {"d_model": 16}, "gla: the key width -16 and value width 16 are not "),
+        ("gla(expand_k=-1)", "mixer", {"d_model": 16}, "gla: expand_k -1.0 and expand_v 1.0 leave the keys or the values no width"),
         ("gla(expand_k=1e308)", "mixer", {"d_model": 16}, "gla cannot be built with these sizes: "),
         ("mlp(d_ff=10000000000000)", "feedforward", {"d_model": 9}, "mlp cannot be built with these sizes: there is not "),
         ("mlp(d_ff=9000000000000000000)", "feedforward", {"d_model": 16}, "mlp cannot be built with these sizes: "),
