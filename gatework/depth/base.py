@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -70,6 +71,16 @@ class BlockPolicy(DepthPolicy):
     def mixers(self) -> list[SequenceMixer]:
         """The blocks' sequence mixers, first to last."""
         return [cast(Block, block).mixer for block in self.blocks]
+
+    def block_states(self, state: State | None) -> Sequence[State | None]:
+        """The state of each block, None without a state; refuses states that are not of this stack's :meth:`init_state`."""
+        if state is None:
+            return [None] * len(self.blocks)
+        if not isinstance(state, DepthState):
+            raise ValueError(f"{type(self).__name__} continues from its own init_state, not from a {type(state).__name__}")
+        if len(state.layers) != len(self.blocks):
+            raise ValueError(f"the state has {len(state.layers)} layers, but there are {len(self.blocks)} blocks")
+        return state.layers
 
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None

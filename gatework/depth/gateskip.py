@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gatework.core.contracts import DepthState, No, State, in_backward
+from gatework.core.contracts import No, State, in_backward
 from gatework.core.registry import register
 from gatework.depth.base import Block, BlockPolicy
 
@@ -209,7 +209,7 @@ class GateSkip(BlockPolicy):
         segments: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Run the residual stream through all blocks, each branch for the tokens it keeps."""
-        states = state.layers if isinstance(state, DepthState) else [None] * len(self.blocks)
+        states = self.block_states(state)
         by_quantile = self.training or self._calibrating
         if by_quantile:
             limits = (1 - self.budgets) * (self.progress if self.training else 1.0)

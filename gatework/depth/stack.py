@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gatework.core.contracts import DepthState, State
+from gatework.core.contracts import State
 from gatework.core.registry import register
 from gatework.depth.base import BlockPolicy
 
@@ -28,7 +28,6 @@ class Stack(BlockPolicy):
         segments: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Run the residual stream through all blocks."""
-        states = state.layers if isinstance(state, DepthState) else [None] * len(self.blocks)
-        for block, block_state in zip(self.blocks, states, strict=True):
+        for block, block_state in zip(self.blocks, self.block_states(state), strict=True):
             x = block(x, state=block_state, mask=mask, segments=segments)
         return x

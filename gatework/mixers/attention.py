@@ -237,22 +237,25 @@ class Attention(SequenceMixer):
         row, token_N = rows // new, rows % new
         most = int(rank.max()) + 1 if len(rows) else 0
         place = row * most + rank
-        token = token_N.new_zeros(batch * most).index_copy_(0, place, token_N).view(batch, most)
+        token = token_N.new_full((batch * most,), -1).index_copy_(0, place, token_N).view(batch, most)
         queries = queries_N.new_zeros(batch * most, *queries_N.shape[1:]).index_copy_(0, place, queries_N)
         queries = queries.view(batch, most, *queries_N.shape[1:]).transpose(1, 2)
-        # Chunks of queries, each against no later keys than its last one needs, and with a window no earlier ones.
-        starts = range(0, most, KEPT_CHUNK)
-        last = [int(t) for t in torch.stack([token[:, s : s + KEPT_CHUNK].amax() for s in starts])] if most else []
+        # Chunks of queries, each against no later keys than its last one needs, and with a window no earlier ones than its first.
+        chunks = token.split(KEPT_CHUNK, 1) if most else ()
+        spans = [torch.stack([chunk.where(chunk >= 0, new).amin(), chunk.amax()]) for chunk in chunks]
         heads = []
-        for start, final in zip(starts, last, strict=True):
-            chunk = token[:, start : start + KEPT_CHUNK]
-            end = past + final + 1 if self.causal else keys.shape[2]
+        for i, (first, final) in enumerate(torch.stack(spans).tolist() if spans else []):
+            chunk = chunks[i].clamp(min=first)
+            begin, end = 0, past + final + 1 if self.causal else keys.shape[2]
             if limits is None:
-                entry = torch.arange(end, device=device)[None]
+                if self.window is not None:
+                    begin, end = max(0, past + first - self.window + 1), min(end, past + final + self.window)
+                entry = torch.arange(begin, end, device=device)[None]
                 allowed = _allowed(chunk + past, entry, self.causal, self.window)
             else:
                 allowed = limits.allowed(self.causal, self.window, chunk)[:, :, :end]
-            heads.append(self._sdpa(queries[:, :, start : start + KEPT_CHUNK], keys[:, :, :end], values[:, :, :end], allowed))
+            some = queries[:, :, i * KEPT_CHUNK : (i + 1) * KEPT_CHUNK]
+            heads.append(self._sdpa(some, keys[:, :, begin:end], values[:, :, begin:end], allowed))
         if not heads:
             return queries_N
         return torch.cat(heads, dim=2).transpose(1, 2).flatten(0, 1).index_select(0, place)

@@ -45,8 +45,9 @@ class KVCache(State):
 
     Slots ``end - length .. end - 1`` of the buffers are in use, oldest first. A row's tokens are aligned right: where padding was
     fed, its slots are removed and the free slots of shorter rows are on the left, so the last slot always holds each row's last
-    real token. Appending doubles the room when it is used up, so feeding T tokens one by one copies O(T) entries in all. With a
-    ``window`` only the last ``window`` slots stay in use.
+    real token. Appending doubles the room when it is used up, so feeding T tokens one by one copies O(T) entries in all;
+    while gradients are enabled every call copies what is there instead. With a ``window`` only the last ``window`` slots stay in
+    use.
     """
 
     keys: Float[Tensor, "B H room K"]
@@ -93,8 +94,8 @@ class KVCache(State):
         """Add T real tokens to every row; returns the S entries that they may attend to (all used slots before, then their own)."""
         new = keys.shape[2]
         need = self.length + new
-        if torch.is_grad_enabled() and (keys.requires_grad or self.keys.requires_grad):
-            # Writing in place would spoil what the backward pass saved.
+        if torch.is_grad_enabled():
+            # Writing in place would spoil what the backward pass saved, be it for the queries alone.
             past_keys, past_values = self.used()
             self.keys = torch.cat([past_keys, keys.to(self.keys.dtype)], dim=2)
             self.values = torch.cat([past_values, values.to(self.values.dtype)], dim=2)
