@@ -100,8 +100,8 @@ class Axis:
             state = "held equal" if self.held else "NOT equal"
             detail = f"up to {formats.percent(self.deviation, sign=False)}, {self.worst}" if self.deviation else "exactly"
             return f"{self.name} {state} ({detail})"
-        low, high = min(self.ratios.values()), max(self.ratios.values())
-        return f"{self.name} {formats.ratio(low)} to {formats.ratio(high)} of the baseline"
+        low, high = (formats.ratio(end) for end in (min(self.ratios.values()), max(self.ratios.values())))
+        return f"{self.name} {low if low == high else f'{low} to {high}'} of the baseline"
 
 
 class Comparison:
@@ -130,7 +130,7 @@ class Comparison:
         self.records = sorted(known.values(), key=lambda r: (r["phase"], self.names.index(r["variant"]), r["index"]))
         self.lower_is_better: bool = study["score"]["lower_is_better"]
         self.seeds = study["seeds"] if isinstance(study["seeds"], int) else len(study["seeds"])
-        scores = {name: {r["seed"]: r["score"] for r in self.runs(name, "final") if finished(r)} for name in self.names}
+        scores = {name: {r["seed"]: float(r["score"]) for r in self.runs(name, "final") if finished(r)} for name in self.names}
         broken = {name: [r["seed"] for r in self.runs(name, "final") if not finished(r)] for name in self.names}
         self.verdicts = verdicts(
             scores, self.baseline, seeds=self.seeds, lower_is_better=self.lower_is_better, broken=broken
@@ -152,7 +152,7 @@ class Comparison:
         curves = [
             {p["tokens"]: p["validation_loss"] for p in r["curve"] if p["validation_loss"] is not None} for r in runs
         ]
-        return [(tokens, mean) for tokens, mean, _, _ in mean_curve(curves)]
+        return [(float(tokens), mean) for tokens, mean, _, _ in mean_curve(curves)]
 
     def _row(self, name: str, settings: str, scores: dict[int, float]) -> Row:
         final, tune = self.runs(name, "final"), self.runs(name, "tune")
@@ -179,7 +179,8 @@ class Comparison:
 
     def _planned(self, name: str) -> dict[str, float | None]:
         """What was measured before training, for a variant of which no run has finished."""
-        planned = self.study.get("matched", {}).get(name, {})
+        fitted = self.study.get("matched", {}).get(name, {})
+        planned = {key: float(value) for key, value in fitted.items() if isinstance(value, int | float)}
         tokens = planned.get("tokens")
         cost = {
             "parameters": planned.get("parameters"),
@@ -285,17 +286,18 @@ class Comparison:
 
     def table(self, width: int | None = None) -> View:
         """The verdict table with the lines beneath it, for ``rich.print`` or ``print`` (plain text, 80 columns wide)."""
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=width)
-        table.add_column("\nvariant", overflow="fold", min_width=8)
-        table.add_column(f"test\n{self.study['score']['name'].replace('_', ' ')}", justify="right", overflow="fold")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, width=width)
+        table.add_column("\nvariant", overflow="fold", min_width=7)
+        score, unit = self.study["score"]["name"].replace("_", " "), self.study.get("unit", "token")
+        table.add_column(f"test\n{score if len(score) <= 8 else 'score'}", justify="right", no_wrap=True)
         table.add_column("difference\n± 95% (Holm)", justify="right", no_wrap=True)
         table.add_column("\nverdict", no_wrap=True)
-        for head in ("\nparams", f"FLOPs/\n{self.study.get('unit', 'token')[:7]}", "\ntime", "\ndiv."):
+        for head in ("\nparams", f"FLOPs/\n{unit if len(unit) <= 7 else 'unit'}", "\ntime", "\ndiv."):
             table.add_column(head, justify="right", no_wrap=True)
         for row in self.rows:
             style = STYLES.get(row.verdict.word, "") if row.verdict else "bold"
             table.add_row(
-                row.name,
+                Text(row.name),
                 formats.fixed(row.score, self.decimals),
                 self.difference(row),
                 Text(row.verdict.word if row.verdict else "baseline", style),
@@ -307,7 +309,7 @@ class Comparison:
         direction = f"{self.score_line()}; difference = variant - baseline"
         lines = [self.smallest_line(), self.axes_line(), self.tuning_line(), self.saved_line(), *self.notes()]
         beneath = [Text(line) for line in lines if line]
-        return View(Group(Text(self.title(), "bold"), Text(direction), table, *beneath), width or 80)
+        return View(Group(Text(self.title(), "bold"), Text(direction), "", table, "", *beneath), width or 80)
 
     def difference(self, row: Row) -> str:
         """``-0.021 ±0.024``: mean paired difference and half the width of its interval."""
@@ -362,7 +364,7 @@ def finished(record: dict[str, Any]) -> bool:
 
 
 def _mean(values: list[Any]) -> float | None:
-    return mean_sd([value for value in values if isinstance(value, int | float)])[0]
+    return mean_sd([float(value) for value in values if isinstance(value, int | float)])[0]
 
 
 def load(run_dir: str | Path) -> Comparison:

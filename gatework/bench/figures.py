@@ -281,11 +281,11 @@ def means(comparison: Comparison, name: str) -> dict[str, float | list[float]]:
     for key, values in collected.items():
         if isinstance(values[0], list):
             same = [v for v in values if isinstance(v, list) and len(v) == len(values[0])]
-            columns = [mean_sd([x for x in column if isinstance(x, int | float)])[0] for column in zip(*same, strict=True)]
+            columns = [mean_sd([float(x) for x in column if isinstance(x, int | float)])[0] for column in zip(*same, strict=True)]
             if columns and all(c is not None for c in columns):
                 found[key] = [c for c in columns if c is not None]
         else:
-            mean = mean_sd([v for v in values if isinstance(v, int | float)])[0]
+            mean = mean_sd([float(v) for v in values if isinstance(v, int | float)])[0]
             if mean is not None:
                 found[key] = mean
     return found

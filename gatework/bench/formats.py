@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+#: Counts are whole numbers, measurements are not.
+Number = int | float
+
 #: What stands where there is nothing to say.
 NOTHING = "–"
 
 
-def si(value: float | None, digits: int = 3) -> str:
+def si(value: Number | None, digits: int = 3) -> str:
     """1234567 as ``1.23M``: three significant digits and a prefix of the SI."""
     if value is None:
         return NOTHING
@@ -21,7 +24,7 @@ def si(value: float | None, digits: int = 3) -> str:
     return significant(value, digits)
 
 
-def significant(value: float | None, digits: int = 3) -> str:
+def significant(value: Number | None, digits: int = 3) -> str:
     """So many significant digits, without an exponent between 1e-4 and 1e6; whole numbers stay whole."""
     if value is None:
         return NOTHING
@@ -35,7 +38,7 @@ def significant(value: float | None, digits: int = 3) -> str:
     return f"{round(value, places):.{max(places, 0)}f}"
 
 
-def size(value: float | None) -> str:
+def size(value: Number | None) -> str:
     """Bytes, in powers of 1024."""
     if value is None:
         return NOTHING
@@ -45,25 +48,34 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
-def seconds(value: float | None) -> str:
-    """``8.3s``, ``2m05s``, ``1h02m``."""
+def seconds(value: Number | None) -> str:
+    """``8.3s``, ``2m05s``, ``1h02m``, ``4d06h``."""
     if value is None:
         return NOTHING
     if value < 99.5:
         return f"{significant(value, 2 if value >= 10 else 3)}s"
     whole = round(value)
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    minutes = round(value / 60)
+    if minutes < 6000:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    hours = round(value / 3600)
+    return f"{hours // 24}d{hours % 24:02d}h"
 
 
-def fixed(value: float | None, decimals: int, sign: bool = False) -> str:
-    """A score or a difference; a negative zero has no sign."""
+def fixed(value: Number | None, decimals: int | None, sign: bool = False) -> str:
+    """A score or a difference, with so many decimals (None: with an exponent); a negative zero has no sign."""
     if value is None:
         return NOTHING
-    value = round(value, decimals) + 0.0
-    return f"{value:{'+' if sign else ''}.{decimals}f}"
+    plus = "+" if sign else ""
+    if decimals is None:
+        mantissa, _, exponent = f"{value + 0.0:{plus}.2e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{round(value, decimals) + 0.0:{plus}.{decimals}f}"
 
 
-def percent(value: float | None, sign: bool = True) -> str:
+def percent(value: Number | None, sign: bool = True) -> str:
     """A fraction as per cent, without decimals from 10% on."""
     if value is None:
         return NOTHING
@@ -71,25 +83,29 @@ def percent(value: float | None, sign: bool = True) -> str:
     return f"{100 * value:{'+' if sign else ''}.{places}f}%"
 
 
-def ratio(value: float | None) -> str:
+def ratio(value: Number | None) -> str:
     """A multiple of the baseline."""
     return NOTHING if value is None else f"{value:.2f}x" if abs(value) < 10 else f"{significant(value)}x"
 
 
-def p_value(value: float | None) -> str:
+def p_value(value: Number | None) -> str:
     """A p-value with two digits; very small ones as a bound."""
     if value is None:
         return NOTHING
     return "<0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
 
-def decimals_for(scores: Iterable[float], spreads: Iterable[float]) -> int:
-    """Decimals with which to print the scores of a study: four digits of a score, or two of a typical spread, at most five."""
+def decimals_for(scores: Iterable[float], spreads: Iterable[float]) -> int | None:
+    """Decimals with which to print the scores of a study: four digits of a score, or two of a typical spread, at most five.
+
+    None where that would be a row of zeros or of digits: below a hundredth and from a million on."""
     largest = max((abs(score) for score in scores if score), default=1.0)
+    if not 0.01 <= largest < 1e6:
+        return None
     least = 3 - math.floor(math.log10(largest))
     typical = sorted(spread for spread in spreads if spread > 0)
     wanted = 1 - math.floor(math.log10(typical[len(typical) // 2])) if typical else least
-    return min(max(least, min(wanted, least + 1), 1), 5)
+    return min(max(least, min(wanted, least + 1), 0), 5)
 
 
 def listed(items: Iterable[object]) -> str:

@@ -264,7 +264,7 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
-def _score(row: Row, decimals: int) -> str:
+def _score(row: Row, decimals: int | None) -> str:
     text = formats.fixed(row.score, decimals)
     return f"{text} ± {formats.fixed(row.sd, decimals)}" if row.sd is not None else text
 
@@ -345,6 +345,6 @@ def numbers(comparison: Comparison) -> list[tuple[str, str, str, str]]:
         runs = [r.get("metrics", {}) for r in comparison.runs(name, "final") if finished(r)]
         for key, value in figures.means(comparison, name).items():
             if not isinstance(value, list):
-                sd = mean_sd([m[key] for m in runs if isinstance(m.get(key), int | float)])[1]
+                sd = mean_sd([float(m[key]) for m in runs if isinstance(m.get(key), int | float)])[1]
                 found.append((name, key, formats.significant(value, 4), formats.significant(sd, 2)))
     return found

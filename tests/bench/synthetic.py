@@ -1,6 +1,7 @@
 """A study that nobody trained: records with the shape of real ones, for the tests of the table and the report.
 
-Six variants, four seeds. ``wide`` is better than the baseline by far more than the noise, ``gla`` worse, ``gated`` and ``moe`` differ by less than the noise.
+Six variants, four seeds. ``wide`` is better than the baseline by far more than the noise, ``gla`` worse, ``gated`` and
+``moe`` differ by less than the noise.
 One seed of ``moe`` diverged, one of ``skip`` failed; ``moe`` reports expert loads, ``skip`` what it kept.
 """
 
@@ -51,7 +52,8 @@ def build() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "matched": {name: _fitted(name) for name in SETTINGS},
         "config_hash": "b7a7425ad131172d",
     }
-    return study, [_record(name, phase, i) for phase, n in (("tune", TRIALS), ("final", SEEDS)) for name in SETTINGS for i in range(n)]
+    phases = (("tune", TRIALS), ("final", SEEDS))
+    return study, [_record(name, phase, i) for phase, n in phases for name in SETTINGS for i in range(n)]
 
 
 def _fitted(name: str) -> dict[str, Any]:
@@ -96,13 +98,15 @@ def _record(name: str, phase: str, index: int) -> dict[str, Any]:
     config = {
         "task": {"name": "text"},
         "variant": {"name": name, "model": {"d_model": 64, "layers": 3, **_settings(name)}, "optim": "adamw"},
-        "d_ff": None, "tokens": tokens, "batch_size": 16, "learning_rate": rate, "seed": index if final else 10_000 + index, "phase": phase,
+        "d_ff": None, "tokens": tokens, "batch_size": 16, "learning_rate": rate,
+        "seed": index if final else 10_000 + index, "phase": phase,
     }  # fmt: skip
     cost = {
         "parameters": _fitted(name)["parameters"], "active_parameters": _fitted(name)["active_parameters"],
         "train_flops_per_token": 1.3e6 * flops, "forward_flops_per_token": 4.3e5 * flops, "train_flops": 1.3e6 * flops * tokens,
         "seconds": 56 * seconds * tokens / TOKENS * (1 + noise.gauss(0, 0.02)), "tokens": tokens,
-        "tokens_per_second": 36_000 / seconds, "peak_bytes": round(4.1e7 * seconds), "decode_state_bytes": 24_576 if name == "gla" else 196_608,
+        "tokens_per_second": 36_000 / seconds, "peak_bytes": round(4.1e7 * seconds),
+        "decode_state_bytes": 24_576 if name == "gla" else 196_608,
     }  # fmt: skip
     return {
         "study": "shakespeare", "key": f"{phase}/{name}/{'seed' if final else 'trial'}{index}", "variant": name, "phase": phase,
@@ -134,3 +138,30 @@ def _metrics(name: str, noise: random.Random) -> dict[str, Any]:
     if name == "wide":
         found["blocks.0.feedforward.loops"] = 2.4
     return found
+
+
+def small(scores: dict[str, list[float | None]], **study: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A study of these test scores by seed, one curve point per run; None: that run diverged. The first variant is the baseline.
+
+    ``study`` overrides what stands in ``study.json``; there are no tuning trials."""
+    names = list(scores)
+    about = {
+        "name": "small", "task": {"name": "text"}, "baseline": names[0], "variants": dict.fromkeys(names, "feedforward=mlp"),
+        "match": "params", "tokens": 1000, "tune_tokens": 0, "seeds": max(map(len, scores.values())), "tune": 0,
+        "learning_rates": [0.001, 0.01], "score": {"name": "loss", "unit": "nats", "lower_is_better": True}, "unit": "token",
+    }  # fmt: skip
+    records = []
+    for name, values in scores.items():
+        for seed, value in enumerate(values):
+            cost = {"parameters": 1000, "train_flops_per_token": 6000.0, "train_flops": 6e6, "seconds": 2.0, "tokens": 1000}
+            records.append(
+                {
+                    "key": f"final/{name}/seed{seed}", "variant": name, "phase": "final", "index": seed, "seed": seed,
+                    "error": None, "status": "ok" if value is not None else "diverged", "score": value,
+                    "config": {"variant": {"name": name}},
+                    "config_hash": "0", "data_hash": "0", "learning_rate": 0.003, "validation": {"loss": value}, "metrics": {},
+                    "cost": dict(cost) if value is not None else {},
+                    "curve": [{"step": 10, "tokens": 1000, "seconds": 2.0, "train_loss": 1.0, "validation_loss": value}],
+                }
+            )  # fmt: skip
+    return about | study, records
