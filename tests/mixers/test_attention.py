@@ -208,6 +208,18 @@ def test_a_windows_state_stops_growing():
     assert max(rooms) <= 16
 
 
+def test_a_windows_state_stops_growing_with_padding_too():
+    m, x = layer(window=4), inputs(40)
+    mask = torch.rand(2, 40, generator=torch.Generator().manual_seed(7)) < 0.5
+    state = m.init_state(2)
+    with torch.no_grad():
+        for t in range(40):
+            m(x[:, t : t + 1], state=state, mask=mask[:, t : t + 1])
+    counts = 2 * 8
+    assert state.nbytes == 2 * m.state_bytes(40) + counts
+    assert state.real.tolist() == mask.sum(1).tolist()
+
+
 def test_feeding_one_by_one_copies_a_bounded_number_of_times():
     m, x = layer(), inputs(300, 1)
     state, buffers = m.init_state(1), set()
