@@ -32,8 +32,8 @@ class Decoder(nn.Module):
         depth: depth policy.
         tie_embeddings: the head shares the embedding's weight.
 
-    Initialisation: the embedding is normal with standard deviation 0.02; an untied head likewise; every part starts
-        as its paper says.
+    Initialisation: the embedding is normal with standard deviation ``d_model**-0.5`` (so that a narrow model's first
+        branches do not drown it), an untied head likewise; every part starts as its paper says.
 
     Raises:
         PartError: unknown parts, sizes that do not fit, a mixer that is not causal.
@@ -62,7 +62,7 @@ class Decoder(nn.Module):
                 raise PartError(f"{name} must be at least 1, got {value}")
         self.vocab_size, self.d_model = vocab_size, d_model
         self.embedding = nn.Embedding(vocab_size, d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
         context: dict[str, Any] = {"d_model": d_model, "heads": heads, "n_layers": layers}
         if d_ff is not None:
             context["d_ff"] = d_ff
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         if tie_embeddings:
             self.head.weight = self.embedding.weight
         else:
-            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.normal_(self.head.weight, std=d_model**-0.5)
 
     @property
     def blocks(self) -> nn.ModuleList:
