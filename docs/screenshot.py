@@ -40,6 +40,7 @@ def driver(width: int = 1280, height: int = 1500, dark: bool = False, profile: s
     for flag in (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--no-first-run", "--hide-scrollbars", f"--window-size={width},{height}",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost, EXCLUDE 127.0.0.1",
     ):  # fmt: skip
         options.add_argument(flag)
     if profile:

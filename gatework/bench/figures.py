@@ -12,7 +12,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from gatework.bench.comparison import Comparison, finished
+from gatework.bench.comparison import AXES, Comparison, finished
+from gatework.bench.formats import listed
 from gatework.bench.statistics import expected_best, mean_curve, mean_sd, pareto
 
 #: How many colours the page has; more variants than that start again, with other symbols.
@@ -118,7 +119,11 @@ def _scatter(comparison: Comparison, id: str, field: str, title: str) -> Figure:
     elif costs and max(costs) > 20 * min(costs) > 0:
         xaxis["type"] = "log"
     on_front = [points[i][0] for i in front]
-    caption = f"On the front: {', '.join(on_front)}." if on_front else "No run has finished."
+    caption = f"On the front: {listed(on_front)}." if on_front else "No run has finished."
+    fields = {key: measured for key, measured, *_ in AXES}
+    held = next((axis for axis in comparison.axes if fields[axis.key] == field and axis.matched and axis.held), None)
+    if held and on_front:
+        caption = f"{held.name[0].upper()}{held.name[1:]} are held equal in this study: only the heights differ."
     return Figure(id, f"Against {title[0].lower()}{title[1:]}", caption, data, _layout(xaxis, score_title(comparison, "test")))
 
 
@@ -154,7 +159,7 @@ def _curves(comparison: Comparison, id: str, field: str, title: str, tickformat:
         runs = comparison.runs(row.name, "final")
         good = [[p for p in r["curve"] if p["validation_loss"] is not None] for r in runs if finished(r)]
         losses = mean_curve([{p["step"]: p["validation_loss"] for p in curve} for curve in good])
-        where = {step: mean for step, mean, _, _ in mean_curve([{p["step"]: p[field] for p in curve} for curve in good])}
+        where = {step: mean for step, mean, _, _ in mean_curve([{p["step"]: float(p[field]) for p in curve} for curve in good])}
         x = [where[step] for step, _, _, _ in losses]
         if losses:
             if len(good) > 1:

@@ -32,6 +32,7 @@ def significant(value: Number | None, digits: int = 3) -> str:
         return f"{value:g}"
     if float(value).is_integer() and abs(value) < 10**digits:
         return str(int(value))
+    value = float(f"{value:.{digits - 1}e}")  # Rounded first: 0.9996 has the digits of 1.00.
     places = digits - 1 - math.floor(math.log10(abs(value)))
     if not -6 < places <= digits + 3:
         return f"{value:.{digits - 1}e}"

@@ -169,7 +169,7 @@ def rules(comparison: Comparison) -> list[str]:
         "apart. "
         f"{comparison.smallest_line()}",
         "Selected on validation, reported on test. A variant's own losses train it and are not in its score. Diverged and failed "
-        "runs stay in the table, and a variant with a broken run is never called better.",
+        "runs stay in the table; a variant with a broken run is never called better, and none worse than a baseline with one.",
         "Gains are also given as training saved at equal loss. Costs are measured as the runs happened: executed FLOPs, seconds, "
         "peak memory, decoding state.",
     ]
@@ -240,7 +240,7 @@ def markdown(comparison: Comparison) -> str:
         span = f"[{formats.fixed(v.interval[0], d, True)}, {formats.fixed(v.interval[1], d, True)}]" if v and v.interval else ""
         verdict_rows.append(
             [
-                row.name, f"`{row.settings}`" if row.settings else "", _score(row, d),
+                _md(row.name), _md_code(row.settings), _score(row, d),
                 f"{formats.fixed(v.difference, d, True)} {span}".strip() if v else "", formats.p_value(v.adjusted_p) if v else "",
                 v.word if v else "baseline", f"{len(row.scores)}/{comparison.seeds}", str(len(row.diverged)), str(len(row.failed)),
                 formats.percent(row.saved) if row.saved is not None else "", formats.significant(row.learning_rate, 3),
@@ -250,18 +250,34 @@ def markdown(comparison: Comparison) -> str:
         "variant", "settings", "test score", "difference, 95% (Holm)", "adjusted p", "verdict", "seeds", "diverged", "failed",
         "training saved", "learning rate",
     ]  # fmt: skip
-    lines = [f"# {comparison.title()}", "", f"**{comparison.headline()}** Score: {comparison.score_line()}.", ""]
+    lines = [f"# {_md(comparison.title())}", "", f"**{_md(comparison.headline())}** Score: {_md(comparison.score_line())}.", ""]
     lines += [*_md_table(head, verdict_rows), "", comparison.smallest_line(), ""]
-    lines += [f"- {note}" for note in comparison.notes()]
-    lines += ["", "## Cost", "", *_md_table(*cost_table(comparison)), "", comparison.axes_line(), "", "## Rules", ""]
-    lines += [f"{i}. {rule}" for i, rule in enumerate(rules(comparison), 1)]
-    broken = [[r["key"], r["status"], str(r.get("error") or "")] for r in comparison.records if not finished(r)]
+    lines += [f"- {_md(note)}" for note in comparison.notes()]
+    costs, cost_rows = cost_table(comparison)
+    lines += ["", "## Cost", "", *_md_table(costs, [[_md(cell) for cell in cells] for cells in cost_rows])]
+    lines += ["", _md(comparison.axes_line()), "", "## Rules", ""]
+    lines += [f"{i}. {_md(rule)}" for i, rule in enumerate(rules(comparison), 1)]
+    broken = [
+        [_md(r["key"]), r["status"], _md(str(r.get("error") or ""))] for r in comparison.records if not finished(r)
+    ]
     if broken:
         lines += ["", "## Runs that did not finish", "", *_md_table(["run", "status", "error"], broken)]
     lines += ["", "## Versions and hardware", ""]
     for n, about in environments(comparison):
-        lines.append(f"- {formats.counted(n, 'run')}: " + ", ".join(f"{key} {value}" for key, value in about.items()))
+        words = ", ".join(f"{key} {value}" for key, value in about.items())
+        lines.append(f"- {formats.counted(n, 'run')}: {_md(words)}")
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    for mark, escaped in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("`", "\\`"), ("*", "\\*"), ("](", "]\\(")):
+        text = text.replace(mark, escaped)
+    return text
+
+
+def _md_code(text: str) -> str:
+    return f"`` {text} ``" if "`" in text else f"`{text}`" if text else ""
 
 
 def _score(row: Row, decimals: int | None) -> str:
@@ -326,6 +342,8 @@ def forest(comparison: Comparison) -> dict[str, dict[str, Any]]:
         return {}
     typical = halves[len(halves) // 2] if halves else 0.0
     scale = max([1.25 * max(means), *(1.3 * min(half, 2 * typical) for half in halves)]) or 1.0
+    ends = [max(abs(end) for end in v.interval) for v in comparison.verdicts.values() if v.interval]
+    scale = max([scale, *(1.02 * end for end in ends if end <= 2 * scale)])  # Cut only what would dwarf the others.
     found = {}
     for name, v in comparison.verdicts.items():
         if v.difference is None:

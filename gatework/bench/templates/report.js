@@ -30,7 +30,11 @@
     legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { color: variable("ink"), size: 12.5 } },
     ...resolve(own, ""), xaxis: axis(resolve(own.xaxis, "")), yaxis: axis(resolve(own.yaxis, "")),
   });
-  const config = { responsive: true, displayModeBar: "hover", displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  // Without a mouse the buttons would always cover the top of the plot.
+  const config = {
+    responsive: true, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, displaylogo: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], showSendToCloud: false, plotlyServerURL: "",
+  };
 
   // A curve starts at its second half, where the variants part; a button shows it whole.
   const whole = new Set();
