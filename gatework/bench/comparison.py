@@ -206,6 +206,8 @@ class Comparison:
         words = {word: [n for n, v in self.verdicts.items() if v.word == word] for word in (BETTER, WORSE, UNDECIDED)}
         if not self.verdicts:
             return "There is nothing but the baseline."
+        if not any(row.scores for row in self.rows):
+            return "No run has finished."
         if not words[BETTER] and not words[WORSE]:
             return "No variant is told apart from the baseline."
         found = [f"{word} than the baseline: {formats.listed(words[word])}" for word in (BETTER, WORSE) if words[word]]

@@ -175,15 +175,34 @@ def test_the_button_shows_the_whole_run_and_back(show):
     assert browser.execute_script(span) == half
 
 
-def test_a_legend_hides_a_variant(show):
-    browser = show(touched=True)
+def visible(browser):
+    """Which variants the plots show, plot by plot, and which the legends say are shown."""
     script = """
-      const done = arguments[arguments.length - 1], plot = document.getElementById("tune-trials");
-      plot.on("plotly_restyle", () => done(plot._fullData.map(t => t.visible)));
-      const toggle = plot.querySelectorAll(".legendtoggle")[2];
-      for (const kind of ["mousedown", "mouseup"]) toggle.dispatchEvent(new MouseEvent(kind, {bubbles: true}));
+      const seen = (traces) => [...new Set(traces.filter(t => t.visible && t.legendgroup).map(t => t.legendgroup))];
+      const buttons = [...document.querySelectorAll("#curves button[data-variant]")];
+      return [[...document.querySelectorAll("#quality .plot, #curves .plot, #tuning .plot")].map(p => seen(p._fullData)),
+              buttons.filter(b => b.getAttribute("aria-pressed") === "true").map(b => b.dataset.variant)];
     """
-    assert browser.execute_async_script(script) == [True, True, "legendonly", True, True, True]
+    plots, pressed = browser.execute_script(script)
+    assert len(plots) == 7
+    assert all(sorted(names) == sorted(pressed) for names in plots)
+    return pressed
+
+
+def test_a_legend_hides_a_variant_in_all_plots(show, comparison):
+    browser = show(touched=True)
+    press = "document.querySelector(`#tuning button[data-variant=${arguments[0]}]`).click()"
+    assert visible(browser) == comparison.names
+    browser.execute_script(press, "wide")
+    assert visible(browser) == ["baseline", "gated", "moe", "gla", "skip"]
+    assert len(points(browser, "tune-trials")) == 5
+    browser.execute_script(press, "wide")
+    assert visible(browser) == comparison.names
+    for _ in range(2):
+        alone = "document.querySelector('#quality button[data-variant=gla]').dispatchEvent(new MouseEvent('dblclick'))"
+        browser.execute_script(alone)
+        assert visible(browser) in (["gla"], comparison.names)
+    assert visible(browser) == comparison.names
 
 
 def test_no_button_covers_the_plots_without_a_mouse(show):
@@ -323,6 +342,18 @@ def test_labels_do_not_overlap(show, width):
             assert apart, (plot, one, other)
 
 
+def test_many_long_names(show, synthetic, tmp_path):
+    names = [f"{'variant' if i % 2 else 'a_name_that_is_far_too_long_for_any_table_' * 2}{i}" for i in range(14)]
+    path = Comparison(*synthetic.small({name: [1.0, 1.0 + i / 50, 1.1] for i, name in enumerate(names)})).report(tmp_path)
+    for width in (WIDE, NARROW):
+        browser = show(path, width=width)
+        assert browser.execute_script("return document.documentElement.scrollWidth") == width
+        heights = "return [...document.querySelectorAll('.plot')].map(p => p._fullLayout.yaxis._length)"
+        assert min(browser.execute_script(heights)) > 200  # No legend eats the plot.
+        table = "return document.querySelector('#verdict table').scrollWidth"
+        assert width == NARROW or browser.execute_script(table) <= 1192
+
+
 # Names that mean harm
 
 
@@ -332,9 +363,10 @@ def test_a_hostile_name_is_text(show, hostile, tmp_path):
     assert severe(browser) == []
     assert browser.execute_script("return document.querySelectorAll('img, main script').length") == 0
     assert browser.execute_script("return document.querySelector('h1').textContent") == study[0]["name"]
-    script = "return [...document.querySelectorAll('#tune-trials .legendtext')].map(t => t.textContent)"
-    legends = browser.execute_script(script)
-    assert name in [" ".join(text.split()) for text in legends]
+    legends = browser.execute_script("return [...document.querySelectorAll('#tuning .legend button')].map(b => b.innerText)")
+    assert any(text.endswith(name) for text in legends)
+    browser.execute_script("Plotly.Fx.hover('tune-trials', [{curveNumber: 2, pointNumber: 0}])")
+    assert name in browser.execute_script("return document.querySelector('#tune-trials .hoverlayer').textContent")
     assert name in browser.execute_script("return document.querySelector('#verdict table').textContent")
 
 

@@ -136,7 +136,7 @@ def test_all_runs_of_a_variant_diverged(synthetic):
 def test_nothing_has_run(synthetic):
     study, _ = synthetic.build()
     found = Comparison(study, [])
-    assert found.headline() == "No variant is told apart from the baseline."
+    assert found.headline() == "No run has finished."
     assert found.notes()[0] == "baseline: 4 seeds not run."
     assert "unknown (too few finished pairs of runs)" in found.smallest_line()
     assert found.rows[2].cost["parameters"] == 167_360 + 64 * 2  # What was measured before training.

@@ -22,11 +22,13 @@
     gridcolor: variable("grid"), linecolor: variable("line"), zerolinecolor: variable("line"), ticks: "outside", tickcolor: variable("line"),
     automargin: true, ...own, title: { standoff: 10, font: { size: 13 }, ...(own || {}).title },
   });
-  const layout = (own) => ({
+  const layout = (spec, own = spec.layout) => ({
     font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: variable("muted") },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 14, t: 10, b: 46 }, hovermode: "closest",
     hoverlabel: { bgcolor: variable("surface"), bordercolor: variable("line"), font: { color: variable("ink"), size: 13 } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("muted"), activecolor: variable("accent") },
+    // The page's own legend names the variants; a plot's own only what is special to it.
+    showlegend: spec.data.some((trace) => trace.showlegend && !trace.legendgroup),
     legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { color: variable("ink"), size: 12.5 } },
     ...resolve(own, ""), xaxis: axis(resolve(own.xaxis, "")), yaxis: axis(resolve(own.yaxis, "")),
   });
@@ -39,14 +41,16 @@
   // A curve starts at its second half, where the variants part; a button shows it whole.
   const whole = new Set();
   const ranged = (spec) => {
-    const made = layout(spec.layout);
+    const made = layout(spec);
     if (spec.zoom && !whole.has(spec.id)) {
       made.xaxis.range = [...spec.zoom.x];
       made.yaxis.range = [...spec.zoom.y];
     }
     return made;
   };
-  const react = (spec) => Plotly.react(spec.id, resolve(spec.data, ""), ranged(spec), config);
+  const hidden = new Set();
+  const traces = (spec) => resolve(spec.data, "").map((trace) => ({ ...trace, visible: !hidden.has(trace.legendgroup) }));
+  const react = (spec) => Plotly.react(spec.id, traces(spec), ranged(spec), config);
   const draw = () => Promise.all(specs.map(react));
 
   for (const button of document.querySelectorAll("button[data-figure]")) {
@@ -55,6 +59,25 @@
       if (!whole.delete(spec.id)) whole.add(spec.id);
       button.textContent = whole.has(spec.id) ? "Second half" : "Whole run";
       react(spec);
+    });
+  }
+  const names = [...document.querySelectorAll("button[data-variant]")];
+  const show = () => {
+    for (const button of names) button.setAttribute("aria-pressed", String(!hidden.has(button.dataset.variant)));
+    return draw();
+  };
+  for (const button of names) {
+    const own = button.dataset.variant;
+    button.addEventListener("click", () => {
+      if (!hidden.delete(own)) hidden.add(own);
+      show();
+    });
+    button.addEventListener("dblclick", () => {  // Two clicks came before it, so the variant is as it was.
+      const others = new Set(names.map((one) => one.dataset.variant).filter((name) => name !== own));
+      const alone = !hidden.has(own) && [...others].every((name) => hidden.has(name));
+      hidden.clear();
+      if (!alone) for (const name of others) hidden.add(name);
+      show();
     });
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
