@@ -157,7 +157,12 @@ class GateSkip(BlockPolicy):
 
     def extra_repr(self) -> str:
         """The settings."""
-        return f"gate_form={self.gate_form}, sparsity={self.sparsity}, lam_s={self.lam_s}, lam_e={self.lam_e}, warmup={self.warmup}"
+        shown = f"gate_form={self.gate_form}, sparsity={self.sparsity}, lam_s={self.lam_s}, lam_e={self.lam_e}"
+        shown = f"{shown}, warmup={self.warmup}"
+        if self.budgets.is_meta:
+            return shown
+        budgets = [round(budget, 6) for budget in self.budgets.flatten().tolist()]
+        return f"budget={budgets[0] if len(set(budgets)) == 1 else budgets}, {shown}"
 
     def set_budget(self, budget: float, layer: int | None = None, branch: Literal["mixer", "feedforward"] | None = None) -> None:
         """Set the share of tokens kept, of one layer or all, one branch or both; the thresholds follow."""
@@ -271,14 +276,18 @@ class GateSkip(BlockPolicy):
         return (-_entropy(logits) - g * target.log() - (1 - g) * (1 - target).log()).mean()
 
     def _report(self, said: _Pass, by_quantile: bool) -> None:
+        losses = {}
         if self.training:
             weighted = {"sparsity": (self.lam_s, said.sparsity), "entropy": (self.lam_e, said.entropy)}
-            self.losses = {name: weight * torch.stack(parts).mean() for name, (weight, parts) in weighted.items() if weight}
+            losses = {name: weight * torch.stack(parts).mean() for name, (weight, parts) in weighted.items() if weight}
+        if in_backward():
+            return
+        self.losses = losses
         kept, gates = (torch.stack(values).view(-1, 2) for values in (said.kept, said.gates))
         self.metrics = {
             "kept_mixer": kept[:, 0], "kept_feedforward": kept[:, 1], "gate_mixer": gates[:, 0], "gate_feedforward": gates[:, 1],
         }
-        if by_quantile and said.tables and not in_backward():
+        if by_quantile and said.tables:
             with torch.no_grad():
                 tables = torch.stack(said.tables).view_as(self.quantiles).to(self.quantiles.dtype)
                 rate = 1 / (self.passes + 1)

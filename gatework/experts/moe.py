@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from gatework.core.contracts import Experts, No
+from gatework.core.contracts import Experts, No, in_backward
 from gatework.core.registry import build, register
 from gatework.core.routing import Routing
 from gatework.ops.dispatch import run_experts, unstack
@@ -99,7 +99,7 @@ class MoE(Experts):
     def extra_repr(self) -> str:
         """The sizes."""
         shown = f"d_model={self.d_model}, d_ff={self.d_ff}, experts={self.experts}, shared={self.shared}, glu={self.glu}"
-        return shown if self.capacity is None else f"{shown}, capacity={self.capacity}, priority={self.priority}"
+        return f"{shown}, capacity={self.capacity}, priority={self.priority}"
 
     def active_parameters(self) -> int:
         """Parameters that one token uses: gate, activation, shared experts and as many experts as the gate has
@@ -146,7 +146,8 @@ class MoE(Experts):
         place = torch.empty_like(keys)
         place[order[by_expert]] = torch.arange(len(keys), device=keys.device) - starts[keys[by_expert]]
         kept = place.view(n_tokens, k) < limit
-        self.metrics = {"dropped": (used & ~kept).sum() / used.sum().clamp(min=1)}
+        if not in_backward():
+            self.metrics = {"dropped": (used & ~kept).sum() / used.sum().clamp(min=1)}
         weights = torch.where(kept, routing.weights, 0)
         return Routing(weights, routing.experts, routing.n_experts, routing.logits, routing.probs)
 

@@ -61,6 +61,10 @@ class GLU(FeedForward):
         self.up = nn.Linear(d_model, d_ff, bias=bias)
         self.down = nn.Linear(d_ff, d_model, bias=bias)
 
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"order={self.order}"
+
     def forward(self, x: Float[Tensor, "*B D"], mask: Bool[Tensor, "*B"] | None = None) -> Float[Tensor, "*B D"]:
         """Transform every token; ``mask`` changes nothing, tokens do not meet here."""
         act = self.activation.gate if self.order == 1 else self.activation

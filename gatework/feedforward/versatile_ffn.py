@@ -48,7 +48,7 @@ from gatework.ops.estimators import gumbel_softmax
 
 @register("versatile_ffn", paper="versatile_ffn")
 class VersatileFFN(FeedForward):
-    """One GLU reused: its slices are experts, and each token chooses how often it is looped.
+    """One GLU reused: its slices are experts, each token chooses its loops.
 
     It holds its own norm and residual: it takes the residual stream x (..., D) and returns the new stream. The
     parameters are those of a GLU, a norm, and ``D * (experts + loops)`` for the two routers.
@@ -152,7 +152,8 @@ class VersatileFFN(FeedForward):
 
     def extra_repr(self) -> str:
         """Shown in the module's ``repr``."""
-        return f"experts={self.experts}, k={self.k}, loops={self.loops}, layout={self.layout!r}, path={self.path!r}"
+        shown = f"experts={self.experts}, k={self.k}, loops={self.loops}, layout={self.layout!r}, path={self.path!r}"
+        return f"{shown}, balance={self.balance}, tau_start={self.tau_start}, tau_floor={self.tau_floor}"
 
     def forward(
         self,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from gatework.core.contracts import in_backward
 from gatework.core.registry import register
 from gatework.core.routing import Routing
 from gatework.gates.base import Router, cv_squared, mean_over, router_logits, top_k
@@ -54,6 +55,10 @@ class NoisyTopK(Router):
         self.noise_weight = nn.Parameter(torch.zeros(n_experts, d_model))
         nn.init.zeros_(self.weight)
 
+    def extra_repr(self) -> str:
+        """The sizes and the weights of the losses."""
+        return f"{super().extra_repr()}, importance={self.importance}, load={self.load}"
+
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens; draws noise from the global generator while training."""
         clean = noisy = router_logits(x, self.weight)
@@ -65,14 +70,14 @@ class NoisyTopK(Router):
         if mask is not None:
             weights = weights * mask[:, None]
         routing = Routing(weights, experts, self.n_experts, noisy, noisy.softmax(1))
+        losses = {}
         if self.training:
-            losses = {}
             if self.importance:
                 losses["importance"] = self.importance * cv_squared(routing.dense().sum(0))
             if self.load and self.k < self.n_experts:
                 losses["load_loss"] = self.load * cv_squared(self.expected_load(clean, noisy, scale, mask))
-            self.losses = losses
-        self.metrics = self.monitor(routing, mask)
+        if not in_backward():
+            self.losses, self.metrics = losses, self.monitor(routing, mask)
         return routing
 
     def expected_load(

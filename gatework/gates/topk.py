@@ -88,8 +88,8 @@ class TopK(Router):
 
     def extra_repr(self) -> str:
         """The sizes and the balance terms."""
-        shown = f"score={self.score}, normalize={self.normalize}, switch={self.switch}, z={self.z}, bias_rate={self.bias_rate}"
-        return f"{super().extra_repr()}, {shown}"
+        shown = f"{super().extra_repr()}, score={self.score}, normalize={self.normalize}"
+        return f"{shown}, switch={self.switch}, z={self.z}, bias_rate={self.bias_rate}, jitter={self.jitter}"
 
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens."""
@@ -110,15 +110,16 @@ class TopK(Router):
         if self.score == "sigmoid":
             probs = scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
         routing = Routing(weights, experts, self.n_experts, logits, probs)
+        losses = {}
         if self.training:
-            terms = {
-                "switch": self.switch * switch_loss(probs, experts, mask) if self.switch else None,
-                "z": self.z * z_loss(logits, mask) if self.z else None,
-            }
-            self.losses = {name: loss for name, loss in terms.items() if loss is not None}
-            if self.bias_rate and not in_backward():
+            if self.switch:
+                losses["switch"] = self.switch * switch_loss(probs, experts, mask)
+            if self.z:
+                losses["z"] = self.z * z_loss(logits, mask)
+        if not in_backward():
+            self.losses, self.metrics = losses, self.monitor(routing, mask)
+            if self.training and self.bias_rate:
                 self.chosen += counts(experts, self.n_experts, mask)
-        self.metrics = self.monitor(routing, mask)
         return routing
 
     def _apply(self, fn: Any, recurse: bool = True) -> TopK:

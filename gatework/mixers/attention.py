@@ -93,7 +93,7 @@ class Attention(SequenceMixer):
     def extra_repr(self) -> str:
         """The settings."""
         shown = f"d_model={self.d_model}, heads={self.heads}, kv_heads={self.kv_heads}, window={self.window}"
-        return shown + f", rope={self.rope}, causal={self.causal}"
+        return shown + f", rope={self.rope}, rope_base={self.rope_base}, causal={self.causal}"
 
     # The four stages below act on tokens alone; variants (gated_attention) override them.
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gatework.core.contracts import State, in_backward
 from gatework.core.registry import register
 from gatework.mixers.attention import Attention
 
@@ -42,7 +43,7 @@ class GatedAttention(Attention):
     Initialisation: W_g like all other weights, normal with standard deviation 0.02: the gates start near 1/2, the branch at half
     strength.
 
-    Metrics: ``gate``, the mean gate over all computed tokens (the paper sees it fall to about 0.1).
+    Metrics: ``gate``, the mean gate over the real tokens that are computed (the paper sees it fall to about 0.1).
 
     Raises:
         ValueError: as plain attention does; headwise gates at g5.
@@ -81,6 +82,25 @@ class GatedAttention(Attention):
         """The settings."""
         return super().extra_repr() + f", position={self.position}, gate_form={self.gate_form}, preserve={self.preserve}"
 
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: State | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+        keep: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
+        y = super().forward(x, state, mask, segments, keep)
+        if not in_backward():
+            gate = self.metrics["gate"]
+            if mask is None:
+                self.metrics = {"gate": gate.mean()} if gate.numel() else {}
+            else:
+                real = mask if gate.dim() == 2 or keep is None else mask[keep]
+                self.metrics = {"gate": (gate * real).sum() / real.sum().clamp(min=1)}
+        return y
+
     def query(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B H K"]:
         """Queries, gated at g4."""
         return self._gated("g4", super().query(x), x)
@@ -105,6 +125,6 @@ class GatedAttention(Attention):
         gate = self.gate_proj(x).sigmoid()
         if self.preserve:
             gate = 2 * gate
-        if gate.numel():
-            self.metrics = {"gate": gate.detach().mean()}
+        if not in_backward():
+            self.metrics = {"gate": gate.detach().mean(-1)}  # By token; `forward` takes the mean.
         return what * gate.unflatten(-1, (what.shape[-2], -1))

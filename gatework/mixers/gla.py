@@ -93,7 +93,8 @@ class GatedLinearAttention(SequenceMixer):
 
     def extra_repr(self) -> str:
         """The settings."""
-        return f"d_model={self.d_model}, heads={self.heads}, K={self.key_width // self.heads}, V={self.value_width // self.heads}"
+        shown = f"d_model={self.d_model}, heads={self.heads}, K={self.key_width // self.heads}, V={self.value_width // self.heads}"
+        return f"{shown}, normalizer={self.normalizer}, chunk={self.chunk}"
 
     def forward(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from gatework.core.registry import register
-from gatework.optim.base import Optimizer
+from gatework.optim.base import Optimizer, check_numbers
 
 
 @register("adamw")
@@ -24,6 +25,9 @@ class AdamW(torch.optim.AdamW, Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, times ``lr``.
         foreach: multi-tensor step; False is the plain loop, with the same numbers.
+
+    Raises:
+        ValueError: for hyper-parameters outside their range.
     """
 
     def __init__(
@@ -36,3 +40,7 @@ class AdamW(torch.optim.AdamW, Optimizer):
         foreach: bool = True,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Refuse hyper-parameters outside their range."""
+        check_numbers(group, lr=(0.0, math.inf), betas=(0.0, 1.0), eps=(0.0, math.inf), weight_decay=(0.0, math.inf))
