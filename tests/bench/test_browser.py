@@ -307,8 +307,12 @@ def test_the_page_does_not_scroll_sideways(show, width):
     assert browser.execute_script(script) == []
 
 
-def test_the_verdict_table_fits_a_wide_screen(show):
+def test_the_tables_fit_a_wide_screen(show):
     browser = show()
+    # A variant's symbol and its short name stay on one line.
+    height = "return [...document.querySelectorAll('#cost tbody th')].map(th => { const text = document.createRange(); "
+    height += "text.selectNodeContents(th); return text.getBoundingClientRect().height })"
+    assert max(browser.execute_script(height)) < 30
     script = "return [...document.querySelectorAll('#verdict .scroll, #cost .scroll')].map(e => [e.scrollWidth, e.clientWidth])"
     assert all(needed <= there for needed, there in browser.execute_script(script))
 
@@ -352,6 +356,8 @@ def test_many_long_names(show, synthetic, tmp_path):
         assert min(browser.execute_script(heights)) > 200  # No legend eats the plot.
         table = "return document.querySelector('#verdict table').scrollWidth"
         assert width == NARROW or browser.execute_script(table) <= 1192
+        badges = "return [...document.querySelectorAll('#verdict .badge')].map(b => b.getBoundingClientRect().right)"
+        assert max(browser.execute_script(badges)) < width
 
 
 # Names that mean harm
