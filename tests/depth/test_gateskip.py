@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import gatework
 from gatework.core import advance, losses, metrics
@@ -457,6 +457,12 @@ def test_calibrating_counts_alike_and_starts_anew():
     assert torch.equal(m.quantiles, before)
 
 
+def test_calibrating_skips_at_the_full_budgets_whatever_the_warmup():
+    m, x = policy(warmup=0.5).eval(), inputs()
+    with m.calibrating():
+        torch.testing.assert_close(m(x), Reference(m, x, skip=everywhere(0.5)).y, rtol=0, atol=1e-12)
+
+
 def test_calibrating_ends_after_an_error():
     m = policy().eval()
     with pytest.raises(RuntimeError, match="stop"), m.calibrating():
@@ -549,6 +555,18 @@ def test_keys_and_values_of_skipped_tokens_are_of_their_own_stream():
     assert all(layer.length == 12 for layer in state.layers)
 
 
+def test_masked_tokens_enter_no_routing_loss_either(monkeypatch):
+    said = []
+    for dense_above in (0.0, 0.9):
+        monkeypatch.setattr(gateskip, "DENSE_ABOVE", dense_above)
+        m = policy(lambda: [Block(Attention(D, heads=HEADS), MoE(D, d_ff=8, experts=4), D)])
+        m(inputs(), mask=mask())
+        said.append({path: value for path, value in losses(m).items() if path.startswith("blocks")})
+    assert said[0]
+    for path, value in said[0].items():
+        torch.testing.assert_close(value, said[1][path], rtol=0, atol=1e-13)
+
+
 # Around it.
 
 
@@ -578,10 +596,15 @@ def test_checkpointing_gives_the_same_gradients_and_counts_a_pass_once():
     direct, again = policy(), policy()
     x = inputs().requires_grad_()
     expected = torch.autograd.grad(direct(x).square().sum(), [x, *direct.blocks.parameters()])
-    y = checkpoint(again, x, use_reentrant=False)
+    # Without early stopping the recomputation runs to the end of the pass, as a block inside a larger checkpoint does.
+    with set_checkpoint_early_stop(False):
+        y = checkpoint(again, x, use_reentrant=False)
+    said = losses(again)
     got = torch.autograd.grad(y.square().sum(), [x, *again.blocks.parameters()])
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert set(said) == {"sparsity", "entropy"}
+    assert losses(again) == {}
     assert again.passes == 1
     assert torch.equal(again.quantiles, direct.quantiles)
 

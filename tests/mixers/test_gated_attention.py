@@ -168,6 +168,21 @@ def test_metric_is_the_mean_gate():
     assert metrics(m) == {}
 
 
+@pytest.mark.parametrize("position", ["g1", "g3", "g5"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_metric_counts_the_real_computed_tokens(position, kept):
+    m, x = layer(position=position), inputs()
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, :4] = False
+    keep = torch.rand(2, 9, generator=torch.Generator().manual_seed(3)) < 0.5
+    assert (keep & real).any()
+    assert (keep & ~real).any()
+    m(x, mask=real, keep=keep if kept else None)
+    counted = real & keep if kept and position != "g3" else real
+    expected = torch.sigmoid(x @ m.gate_proj.weight.T)[counted].mean().detach()
+    torch.testing.assert_close(metrics(m)["gate"], expected, rtol=0, atol=1e-13)
+
+
 def test_initialisation_is_that_of_the_queries():
     torch.manual_seed(0)
     m = GatedAttention(128, heads=8)
