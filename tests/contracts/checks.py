@@ -89,11 +89,13 @@ def check_shapes_and_dtypes(case: Case) -> None:
 def check_gradients(case: Case) -> None:
     """Finite, and every parameter gets one that is not 0."""
     part, x = case.new(train=True), case.x(8).requires_grad_()
-    (objective(call(part, x)) + sum(losses(part).values())).backward()
+    y = call(part, x)
+    assert y.requires_grad, "the output has no graph"
+    (objective(y) + sum(losses(part).values())).backward()
     finite({"x": x.grad} | gradients(part), "gradient")
     unreached = [name for name, g in gradients(part).items() if not g.any()]
     assert not unreached, f"no gradient reaches {unreached}"
-    assert x.grad.any()
+    assert x.grad.any(), "no gradient reaches the input"
 
 
 def check_state_dict(case: Case) -> None:

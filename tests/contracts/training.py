@@ -129,7 +129,9 @@ def check_closure(cls: type) -> None:
         plain.zero_grad()
         wanted.backward()
         plain.step()
-        same(optimizer.step(closure).detach(), wanted.detach(), "the closure's loss")
+        found = optimizer.step(closure)
+        assert found is not None, "the closure's loss is lost"
+        same(found.detach(), wanted.detach(), "the closure's loss")
     same([p.detach() for p in params], [p.detach() for p in twins], "with a closure")
     assert plain.step() is None
 
@@ -313,7 +315,7 @@ def check_prediction(cls: type) -> None:
     assert not y.requires_grad
     finite(y, "prediction")
     same(rule.predict(batch()[0]), y, "predicting twice")
-    assert [module.training for module in rule.model.modules()] == modes
+    assert [module.training for module in rule.model.modules()] == modes, "the model's modes have changed"
 
 
 def check_learner_resuming(cls: type) -> None:
