@@ -12,6 +12,8 @@ Dropless by default: tokens are sorted by expert and each expert runs once on it
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +24,7 @@ from gatework.core.contracts import Experts, No, in_backward
 from gatework.core.registry import build, register
 from gatework.core.routing import Routing
 from gatework.ops.dispatch import run_experts, unstack
-from gatework.ops.linear import linear
+from gatework.ops.linear import alignment, linear
 
 
 @register("moe", paper="sparse_moe")
@@ -122,11 +124,12 @@ class MoE(Experts):
             dtype = torch.promote_types(x.dtype, self.w_in.dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
-            w_in, w_out = unstack(self.w_in.to(dtype)), unstack(self.w_out.to(dtype))
-            y = run_experts(x, routing, [_Expert(self, i, o) for i, o in zip(w_in, w_out, strict=True)])
+            experts = _Experts(self, unstack(self.w_in.to(dtype)), unstack(self.w_out.to(dtype)))
+            rows = routing.experts.numel() / self.experts
+            y = run_experts(x, routing, experts, alignment(rows, self.w_out[0].numel(), dtype, x.device))
             if self.shared_in is not None and self.shared_out is not None:
-                for i, o in zip(unstack(self.shared_in.to(dtype)), unstack(self.shared_out.to(dtype)), strict=True):
-                    y = y + _Expert(self, i, o)(x)
+                for expert in _Experts(self, unstack(self.shared_in.to(dtype)), unstack(self.shared_out.to(dtype))):
+                    y = y + expert(x)
         return y.view(shape)
 
     def _within_capacity(self, routing: Routing) -> Routing:
@@ -152,17 +155,23 @@ class MoE(Experts):
         return Routing(weights, routing.experts, routing.n_experts, routing.logits, routing.probs)
 
 
-class _Expert:
-    """One expert's function, over its slices of the stacked weights."""
+class _Experts(Sequence[Callable[[Tensor], Tensor]]):
+    """The experts' functions, over their slices of the stacked weights."""
 
-    def __init__(self, layer: MoE, w_in: Tensor, w_out: Tensor) -> None:
+    def __init__(self, layer: MoE, w_in: Sequence[Tensor] | Tensor, w_out: Sequence[Tensor] | Tensor) -> None:
         self.layer, self.w_in, self.w_out = layer, w_in, w_out
 
-    def __call__(self, x: Tensor) -> Tensor:
-        h = linear(x, self.w_in)
+    def __len__(self) -> int:
+        return len(self.w_in)
+
+    def __getitem__(self, expert: Any) -> Any:
+        return partial(self._run, self.w_in[expert], self.w_out[expert])
+
+    def _run(self, w_in: Tensor, w_out: Tensor, x: Tensor) -> Tensor:
+        h = linear(x, w_in)
         if self.layer.glu:
             gate, up = h.chunk(2, -1)
             h = self.layer.activation(gate) * up
         else:
             h = self.layer.activation(h)
-        return linear(h.to(x.dtype), self.w_out)
+        return linear(h.to(x.dtype), w_out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,48 +27,67 @@ class Dispatch:
     Attributes:
         tokens: (R,) the token of each row.
         rows: (N, k) where each slot's row is; R for an empty slot.
-        counts: tokens of each expert; their sum is R.
+        counts: rows of each expert; their sum is R.
         weights: (N, k) the routing's weights.
+        full: no slot is empty.
+
+    Rows that fill an expert's up to a multiple hold token 0; no slot names them, so they get no gradient and give none.
     """
 
     tokens: Int[Tensor, "R"]
     rows: Int[Tensor, "N k"]
     counts: list[int]
     weights: Float[Tensor, "N k"]
+    full: bool
 
     @property
     def n_rows(self) -> int:
-        """R, the number of used slots."""
+        """R, the number of used slots (and of rows that fill up)."""
         return sum(self.counts)
 
     def gather(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "R D"]:
         """The tokens' vectors in the order of the rows."""
-        rows: Tensor = _Gather.apply(x, self.tokens, self.rows)
+        rows: Tensor = _Gather.apply(x, self.tokens, self.rows, self.full)
         return rows
 
     def combine(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "N D"]:
         """Each token's weighted sum over its slots, slot 0 first."""
-        out: Tensor = _Combine.apply(y, self.weights.to(y.dtype), self.tokens, self.rows)
+        out: Tensor = _Combine.apply(y, self.weights.to(y.dtype), self.tokens, self.rows, self.full)
         return out
 
 
-def dispatch(routing: Routing) -> Dispatch:
-    """Sort the used slots of ``routing`` by expert (stable). Waits for the device once, for the counts."""
+def dispatch(routing: Routing, align: int = 1) -> Dispatch:
+    """Sort the used slots of ``routing`` by expert (stable). Waits for the device once, for the counts.
+
+    ``align`` fills the rows of each expert that has any up to a multiple.
+    """
     n_experts, k = routing.n_experts, routing.experts.shape[1]
     used = routing.weights.detach() != 0
     keys = torch.where(used, routing.experts, n_experts).flatten()
     counts = torch.bincount(keys, minlength=n_experts + 1).tolist()[:n_experts]
     order = keys.argsort(stable=True)
-    n_rows = sum(counts)
+    n_used = sum(counts)
+    full = n_used == len(order)
     rows = torch.empty_like(order)
-    rows[order] = torch.arange(len(order), device=order.device)
-    if n_rows < len(order):
-        rows.clamp_(max=n_rows)
-    return Dispatch(order[:n_rows].div(k, rounding_mode="floor"), rows.view(-1, k), counts, routing.weights)
+    if align == 1:
+        rows[order] = torch.arange(len(order), device=order.device)
+        if not full:
+            rows.clamp_(max=n_used)
+        return Dispatch(order[:n_used].div(k, rounding_mode="floor"), rows.view(-1, k), counts, routing.weights, full)
+    filled = [-(-count // align) * align for count in counts]
+    shift = [0, *accumulate(more - count for more, count in zip(filled, counts, strict=True))]
+    place = torch.arange(len(order), device=order.device)
+    place[:n_used] += torch.tensor(shift[:-1], device=order.device).repeat_interleave(
+        torch.tensor(counts, device=order.device), output_size=n_used
+    )
+    place[n_used:] = sum(filled)
+    rows[order] = place
+    tokens = order.new_zeros(sum(filled)).index_copy_(0, place[:n_used], order[:n_used].div(k, rounding_mode="floor"))
+    return Dispatch(tokens, rows.view(-1, k), filled, routing.weights, full)
 
 
 def run_experts(
-    x: Float[Tensor, "N D"], routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]]
+    x: Float[Tensor, "N D"], routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]], align: int = 1
 ) -> Float[Tensor, "N D2"]:
     """Run experts of any kind: ``y_n = sum_j weights[n, j] experts[experts[n, j]](x_n)``.
 
@@ -78,23 +98,39 @@ def run_experts(
         x: tokens.
         routing: who is chosen, over ``len(experts)`` experts.
         experts: each maps (M, D) to (M, D2) and is called once, with its own tokens, unless it has none.
+        align: fill the rows of each expert up to a multiple of this with copies of token 0, whose outputs are thrown
+            away (for experts that treat each row alone, where their kernels gain from it).
 
     Raises:
         ValueError: if the number of experts is not the routing's.
     """
     if len(experts) != routing.n_experts:
         raise ValueError(f"the routing chooses among {routing.n_experts} experts, {len(experts)} were given")
-    plan = dispatch(routing)
+    if x.shape[0] == 1 and not torch.is_grad_enabled():
+        return _run_one_token(x, routing, experts)
+    plan = dispatch(routing, align)
     segments = plan.gather(x).split(plan.counts)
-    outputs = [expert(rows) for expert, rows in zip(experts, segments, strict=True) if len(rows)]
+    outputs = [experts[e](rows) for e, (rows, count) in enumerate(zip(segments, plan.counts, strict=True)) if count]
     if not outputs:
         return x.new_zeros(x.shape) + 0 * x
     return plan.combine(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
 
 
-def _sum_slots(y: Tensor, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``sum_j weights[n, j] y[rows[n, j]]``, slot by slot; a row index of len(y) is an empty slot."""
-    full = y.shape[0] == rows.numel()
+def _run_one_token(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """The same for a single token without a graph, as in decoding: nothing to sort."""
+    slots = zip(routing.experts[0].tolist(), routing.weights[0].tolist(), strict=True)
+    used = [slot for slot, (_, weight) in enumerate(slots) if weight != 0]
+    if not used:
+        return torch.zeros_like(x)
+    chosen = routing.experts[0].tolist()
+    outputs = torch.cat([experts[chosen[slot]](x) for slot in used])
+    weights = routing.weights if len(used) == len(chosen) else routing.weights[:, used]
+    return weights.to(outputs.dtype) @ outputs
+
+
+def _sum_slots(y: Tensor, rows: Tensor, full: bool, weights: Tensor | None = None) -> Tensor:
+    """``sum_j weights[n, j] y[rows[n, j]]``, slot by slot; a row index of len(y) is an empty slot, of which there are
+    none where ``full``."""
     out = None
     for slot in range(rows.shape[1]):
         index = rows[:, slot]
@@ -114,28 +150,29 @@ class _Gather(torch.autograd.Function):
     """Rows of x; the backward sums each token's slots instead of an atomic scatter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, rows: Tensor, full: bool) -> Tensor:
         ctx.save_for_backward(rows)
+        ctx.full = full
         return x.index_select(0, tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None, None]:
         (rows,) = ctx.saved_tensors
-        return _sum_slots(d_rows, rows), None, None
+        return _sum_slots(d_rows, rows, ctx.full), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     """The weighted sum over slots; keeps the experts' outputs for the weights' gradient."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, weights: Tensor, tokens: Tensor, rows: Tensor, full: bool) -> Tensor:
         ctx.save_for_backward(y, weights, tokens, rows)
-        return _sum_slots(y, rows, weights)
+        return _sum_slots(y, rows, full, weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         y, weights, tokens, rows = ctx.saved_tensors
         d_y = d_weights = None
         picked = d_out.index_select(0, tokens)  # (R, D)
@@ -146,18 +183,18 @@ class _Combine(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             row_weights = weights.new_zeros(y.shape[0] + 1).index_copy(0, rows.flatten(), weights.flatten())[:-1]
             d_y = picked.mul_(row_weights[:, None])
-        return d_y, d_weights, None, None
+        return d_y, d_weights, None, None, None
 
 
-def unstack(weight: Float[Tensor, "E *shape"]) -> tuple[Tensor, ...]:
-    """The experts' slices of a stacked weight; their gradients are gathered into one tensor, in which unused experts
-    are zero.
+def unstack(weight: Float[Tensor, "E *shape"]) -> Sequence[Tensor] | Tensor:
+    """The experts' slices of a stacked weight, by index; their gradients are gathered into one tensor, in which unused
+    experts are zero.
 
     Indexing the stack inside a loop would make each expert's gradient a full-size tensor of zeros; ``unbind`` makes
     zeros for every unused expert first.
     """
     if not (torch.is_grad_enabled() and weight.requires_grad):
-        return weight.unbind(0)
+        return weight
     slices: tuple[Tensor, ...] = _Unstack.apply(weight)
     return slices
 

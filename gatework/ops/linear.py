@@ -2,8 +2,10 @@
 
 In float32 on a CPU, oneDNN's product runs up to twice as fast as the BLAS behind ``torch.mm`` on some processors
 (those whose widest vector unit the BLAS does not use) and no slower on others; it takes transposed operands without a
-copy, so the backward pass gains alike. ``torch.backends.mkldnn.enabled = False`` switches it off. Everything else
-goes to ``torch.mm``.
+copy, so the backward pass gains alike. But it compiles a kernel for each shape that it has not seen, which takes as long
+as a product of a few hundred rows, and an expert's number of rows is new in every step. So it is used for whole multiples
+of :data:`ROWS` rows alone, of which there are few; :func:`alignment` tells who sorts the rows whether to fill up to that.
+``torch.backends.mkldnn.set_flags(False)`` switches it off. Everything else goes to ``torch.mm``.
 """
 
 from __future__ import annotations
@@ -15,26 +17,46 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: From this many rows on oneDNN's set-up pays.
-_FEWEST_ROWS = 8
+#: Rows come in whole multiples of this, so that few shapes occur.
+ROWS = 32
+#: Multiply-adds from which on oneDNN's set-up pays.
+_LEAST_WORK = 2**22
 
 
-def product(a: Float[Tensor, "M K"], b: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
-    """``a b^T``, without a graph; either operand may be a transposed view."""
-    if (
-        a.dtype == torch.float32
-        and a.device.type == "cpu"
-        and a.shape[0] >= _FEWEST_ROWS
-        and torch.backends.mkldnn.is_available()
-    ):
+def alignment(rows: float, width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The multiple to which each expert's rows are best filled up: :data:`ROWS`, or 1 for leaving them as they are.
+
+    Args:
+        rows: mean number of rows of an expert.
+        width: product of the two widths of its weight.
+        dtype: of rows and weight.
+        device: where they are.
+    """
+    wide = rows >= 4 * ROWS and rows * width >= 2 * _LEAST_WORK  # At most an eighth of the rows is filled in, on average.
+    pays = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _onednn()
+    return ROWS if wide and pays else 1
+
+
+def product(a: Float[Tensor, "M K"], b: Float[Tensor, "N K"], fast: bool = True) -> Float[Tensor, "M N"]:
+    """``a b^T``, without a graph; either operand may be a transposed view. ``fast`` lets oneDNN do it."""
+    if fast:
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.t()
+
+
+def _fast(x: Tensor, weight: Tensor) -> bool:
+    fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[0] % ROWS == 0
+    return fits and x.shape[0] * weight.numel() >= _LEAST_WORK and _onednn()
+
+
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def linear(x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "M O"]:
     """``x weight^T`` with gradients. Double backward is not supported."""
     if not torch.is_grad_enabled():
-        return product(x, weight)
+        return product(x, weight, _fast(x, weight))
     out: Tensor = _Linear.apply(x, weight)
     return out
 
@@ -43,13 +65,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight)
+        return product(x, weight, _fast(x, weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        d_y = d_y.contiguous()
-        d_x = product(d_y, weight.t()) if ctx.needs_input_grad[0] else None
-        d_weight = product(d_y.t(), x.t()) if ctx.needs_input_grad[1] else None
+        d_y, fast = d_y.contiguous(), _fast(x, weight)
+        d_x = product(d_y, weight.t(), fast) if ctx.needs_input_grad[0] else None
+        d_weight = product(d_y.t(), x.t(), fast) if ctx.needs_input_grad[1] else None
         return d_x, d_weight

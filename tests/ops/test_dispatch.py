@@ -7,7 +7,7 @@ import torch
 
 from gatework.core import Routing
 from gatework.ops.dispatch import dispatch, run_experts, unstack
-from gatework.ops.linear import linear, product
+from gatework.ops.linear import ROWS, alignment, linear
 
 D, E = 5, 4
 
@@ -43,13 +43,17 @@ def routings():
     }
 
 
+@pytest.mark.parametrize("align", [1, 4])
 @pytest.mark.parametrize("case", list(routings()))
-def test_equals_the_loop_with_all_gradients(case):
+def test_equals_the_loop_with_all_gradients(case, align):
     w, chosen = routings()[case]
     x = torch.randn(11, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
     w = w.requires_grad_()
     leaves, functions = experts()
-    got = run_experts(x, Routing(w, chosen, E), functions)
+    seen = []
+    watched = [lambda rows, f=f: (seen.append(len(rows)), f(rows))[1] for f in functions]
+    got = run_experts(x, Routing(w, chosen, E), watched, align)
+    assert all(rows % align == 0 for rows in seen)
     expected = loop(x, w, chosen, functions) + 0 * x
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     inputs = [x, w, *leaves]
@@ -74,6 +78,18 @@ def test_an_expert_without_tokens_is_not_called():
     functions = [lambda x, e=e: (called.append((e, len(x))), x)[1] for e in range(E)]
     run_experts(torch.randn(3, D), Routing(torch.ones(3, 1), torch.tensor([[2], [0], [2]]), E), functions)
     assert called == [(0, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("w", [[0.3, 0.7], [0.0, 0.7], [0.0, 0.0]])
+def test_one_token_without_a_graph(w):
+    _, functions = experts()
+    called = []
+    watched = [lambda rows, e=e, f=f: (called.append(e), f(rows))[1] for e, f in enumerate(functions)]
+    x, w, chosen = torch.randn(1, D, dtype=torch.float64), torch.tensor([w], dtype=torch.float64), torch.tensor([[3, 1]])
+    with torch.no_grad():
+        got = run_experts(x, Routing(w, chosen, E), watched)
+        torch.testing.assert_close(got, loop(x, w, chosen, functions), rtol=0, atol=1e-14)
+    assert called == [e for e, weight in zip((3, 1), w[0], strict=True) if weight]
 
 
 def test_no_tokens():
@@ -107,31 +123,45 @@ def test_unstack_gathers_one_gradient_with_zeros_for_the_unused():
     torch.testing.assert_close(stacked.grad, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 33])
+@pytest.mark.parametrize("rows", [1, 33, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_linear_equals_the_plain_product_with_gradients(rows, dtype):
     generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, 24, dtype=dtype, generator=generator, requires_grad=True)
-    w = torch.randn(16, 24, dtype=dtype, generator=generator, requires_grad=True)
-    upstream = torch.randn(rows, 16, dtype=dtype, generator=generator)
+    x = torch.randn(rows, 240, dtype=dtype, generator=generator, requires_grad=True)
+    w = torch.randn(300, 240, dtype=dtype, generator=generator, requires_grad=True)
+    upstream = torch.randn(rows, 300, dtype=dtype, generator=generator)
     got, expected = linear(x, w), (x.double() @ w.double().T)
-    tolerance = {torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-12}[dtype]
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
     mine = torch.autograd.grad(got, [x, w], upstream)
     torch.testing.assert_close(mine[0].double(), upstream.double() @ w.double(), rtol=0, atol=tolerance)
     torch.testing.assert_close(mine[1].double(), upstream.double().T @ x.double(), rtol=0, atol=tolerance)
 
 
-def test_onednn_is_used_and_can_be_switched_off(monkeypatch):
+def test_onednn_does_large_products_of_few_shapes_and_can_be_switched_off(monkeypatch):
     called = []
     real = torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: (called.append(1), real(*args))[1])
-    a, b = torch.randn(16, 8), torch.randn(4, 8)
-    product(a, b)
-    assert called == [1]
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    torch.testing.assert_close(product(a, b), a @ b.T)
-    assert called == [1]
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: (called.append(args[0].shape), real(*args))[1])
+    w = torch.randn(300, 240, requires_grad=True)
+    linear(torch.randn(64, 240, requires_grad=True), w).sum().backward()
+    assert called == [(64, 240), (64, 300), (300, 64)]
+    linear(torch.randn(65, 240), w)
+    linear(torch.randn(32, 240), w)
+    linear(torch.randn(64, 240).double(), w.double())
+    torch.backends.mkldnn.set_flags(False)
+    try:
+        linear(torch.randn(64, 240), w)
+    finally:
+        torch.backends.mkldnn.set_flags(True)
+    assert len(called) == 3
+
+
+def test_rows_are_filled_up_where_few_shapes_pay():
+    cpu = torch.device("cpu")
+    assert alignment(1024.0, 256 * 512, torch.float32, cpu) == ROWS
+    assert alignment(1024.0, 256 * 512, torch.float64, cpu) == 1
+    assert alignment(64.0, 256 * 512, torch.float32, cpu) == 1
+    assert alignment(1024.0, 64 * 32, torch.float32, cpu) == 1
 
 
 def test_linear_gradcheck():
