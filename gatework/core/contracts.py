@@ -60,7 +60,7 @@ class Part(nn.Module, ABC):
 
     slot: ClassVar[str] = ""
     family: ClassVar[str] = ""
-    capabilities: ClassVar[dict[str, bool | No]] = {"compiles": True, "float64": True, "batch_invariant": True}
+    capabilities: dict[str, bool | No] = {"compiles": True, "float64": True, "batch_invariant": True}
     slots: ClassVar[Mapping[str, str]] = {}
     example: ClassVar[Mapping[str, Any]] = {}
 
@@ -244,11 +244,14 @@ class DepthPolicy(Part):
 
 
 def capability(part: type | object, name: str) -> bool | No:
-    """Whether ``part`` (a class or an instance) has the capability, with the reason where it has not."""
+    """Whether ``part`` has the capability, with the reason where it has not.
+
+    A class answers for its usual settings. An instance whose settings take a capability away has ``capabilities`` of its own.
+    """
     if name not in CAPABILITIES:
         raise KeyError(f"no capability {name!r}; there are {', '.join(CAPABILITIES)}")
     cls = part if inspect.isclass(part) else type(part)
-    answers: Mapping[str, bool | No] = getattr(cls, "capabilities", {})
+    answers: Mapping[str, bool | No] = getattr(part, "capabilities", {})
     return answers.get(name, No(f"{cls.__name__} has no such notion"))
 
 

@@ -87,6 +87,9 @@ class MoE(Experts):
             raise ValueError(f"priority must be 'slot' or 'weight', got {priority!r}")
         self.d_model, self.d_ff, self.experts, self.shared = d_model, d_ff, experts, shared
         self.glu, self.capacity, self.priority = glu, capacity, priority
+        if capacity is not None:
+            answer = No("with a capacity tokens compete for the experts' places")
+            self.capabilities = self.capabilities | {"batch_invariant": answer}
         self.gate = build(gate, "gate", d_model=d_model, n_experts=experts)
         self.activation = build(activation, "activation")
         rows = 2 * d_ff if glu else d_ff

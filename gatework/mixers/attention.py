@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gatework.core.contracts import SequenceMixer, State
+from gatework.core.contracts import No, SequenceMixer, State
 from gatework.core.registry import register
 from gatework.mixers.base import KVCache, rotary_angles, rotate
 
@@ -81,6 +81,9 @@ class Attention(SequenceMixer):
             raise ValueError(f"rope_base must be positive, got {rope_base}")
         self.d_model, self.heads, self.kv_heads, self.head_width = d_model, heads, kv_heads, d_model // heads
         self.window, self.rope, self.rope_base, self.causal = window, rope, rope_base, causal
+        if not causal:
+            answer = No("it was built with causal=False and sees later tokens")
+            self.capabilities = self.capabilities | {"causal": answer, "decodes": answer}
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, kv_heads * self.head_width, bias=False)
         self.v_proj = nn.Linear(d_model, kv_heads * self.head_width, bias=False)
@@ -171,7 +174,7 @@ class Attention(SequenceMixer):
     def _place(self, x: Tensor, norm: nn.RMSNorm | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """Norm and rotation of queries or keys (..., heads, K)."""
         if norm is not None:
-            x = norm(x).to(x.dtype)
+            x = norm(x.to(norm.weight.dtype)).to(x.dtype)
         return x if cos is None or sin is None else rotate(x, cos, sin)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, limits: _Limits | None) -> Tensor:

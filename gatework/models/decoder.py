@@ -69,9 +69,7 @@ class Decoder(nn.Module):
         mixers = build_pattern(mixer, "mixer", layers, **context)
         for part in mixers:
             if not (answer := capability(part, "causal")):
-                raise PartError(f"{type(part).__name__} is not causal, so it cannot be the mixer of a language model ({answer})")
-            if getattr(part, "causal", True) is False:
-                raise PartError(f"a language model needs a causal mixer, and this {type(part).__name__} has causal=false")
+                raise PartError(f"a language model needs a causal mixer, and this {type(part).__name__} is not ({answer})")
         feedforwards = build_pattern(feedforward, "feedforward", layers, **context)
         blocks = nn.ModuleList(Block(m, f, d_model) for m, f in zip(mixers, feedforwards, strict=True))
         self.depth = build(depth, "depth", blocks=blocks, **context)
