@@ -403,7 +403,7 @@ def check_packing(case: Case) -> None:
 def check_keep(case: Case) -> None:
     """Kept tokens' outputs are the full ones, the others exactly 0, the state sees all, and the rest is not computed."""
     part, x, more = case.new(), case.x(3, 20), case.x(3, 3, seed=8)
-    decodes = getattr(part, "causal", True) and capability(part, "decodes")
+    decodes = capability(part, "decodes")
     whole, after = part(x), part(torch.cat([x, more], dim=1))[:, 20:]
     some = case.mask(x)
     for keep in (some, torch.zeros_like(some), torch.ones_like(some), some & (torch.arange(3) == 1)[:, None]):
@@ -475,14 +475,14 @@ def check_routing(case: Case) -> None:
 # -- compilation
 
 
-def check_compilation(case: Case) -> None:
+def check_compilation(case: Case, backend: str = "inductor") -> None:
     """``torch.compile(fullgraph=True)``: outputs and gradients of eager, and no second compilation for the same shape."""
     torch._dynamo.reset()
     probe = case.new(torch.float32, train=True)
     call(probe, case.x(dtype=torch.float32))
     for train in (True, False) if losses(probe) else (True,):  # Without losses the two modes are one graph.
         plain, compiled = case.new(torch.float32, train=train), case.new(torch.float32, train=train)
-        run = torch.compile(compiled, fullgraph=True, dynamic=False)
+        run = torch.compile(compiled, fullgraph=True, dynamic=False, backend=backend)
         for seed in (1, 2, 3):
             results = []
             # Eager random numbers, so that noise is the same on both sides.

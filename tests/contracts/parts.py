@@ -112,7 +112,7 @@ def alternatives(cls: type) -> Iterator[tuple[str, Any]]:
         elif hint is float:
             yield name, default / 2 or 0.5
         elif hint is int:
-            yield name, default // 2 if default > 8 else 1 if default > 1 else default + 1
+            yield name, 1 if name == "heads" else default // 2 or default + 1
         elif type(None) in options and default is None:
             plain = [option for option in options if option is not type(None)]
             if plain[0] is int:
@@ -133,7 +133,7 @@ def variants(*slots: str, capable: str | None = None) -> list[Any]:
                 part = case.fresh()
             except ValueError:
                 continue
-            if capable in ("causal", "decodes") and getattr(part, "causal", True) is False:
-                continue  # An option that says no for its class.
+            if capable is not None and not capability(part, capable):
+                continue  # The argument takes the capability away.
             found.append(pytest.param(case, id=f"{entry.name}({name}={value})"))
     return found

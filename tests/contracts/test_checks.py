@@ -704,9 +704,9 @@ class OtherWhenCompiled(Good):
 )
 def test_a_part_that_does_not_compile_is_found_out(cls, why):
     with pytest.raises((AssertionError, RuntimeError), match=f"(?is){why}"):
-        checks.check_compilation(Case(cls))
+        checks.check_compilation(Case(cls), backend="aot_eager")
 
 
 @pytest.mark.compile
 def test_a_good_toy_compiles():
-    checks.check_compilation(Case(Good))
+    checks.check_compilation(Case(Good), backend="aot_eager")
