@@ -1,10 +1,13 @@
 """``moe`` against the Mixtral block of ``transformers`` in all its implementations, and against a dense feed-forward.
 
-Same weights, same inputs, same routing on both sides; outputs are compared before anything is timed. The fastest of
-the peer's implementations counts.
+Same weights, same inputs, same routing on both sides; outputs are compared before anything is timed. Every training step
+gets a batch of its own, so that each expert's number of tokens is new, as it is in training. The fastest of the peer's
+implementations counts.
 """
 
 from __future__ import annotations
+
+from itertools import count
 
 import torch
 from _timing import interleaved, row
@@ -61,15 +64,18 @@ def training(experts: int, k: int, dtype: torch.dtype, want: float, dense_want: 
     if experts > 8:
         names.remove("eager")  # Indexing the stack in its loop makes it some ten times slower than grouped_mm here.
     layers = [ours, *(peers[name].to(dtype) for name in names), GLU(D_MODEL, d_ff=k * D_FF).to(dtype)]
-    x = x.to(dtype).requires_grad_()
+    repeats, warmup = 11, 2
+    batches = [torch.randn(1, tokens, D_MODEL, dtype=dtype, requires_grad=True) for _ in range(repeats + warmup)]
     upstream = torch.randn(1, tokens, D_MODEL, dtype=dtype)
 
-    def step(layer: torch.nn.Module) -> None:
+    def step(layer: torch.nn.Module, x: torch.Tensor) -> None:
         x.grad = None
         layer.zero_grad(set_to_none=True)
         output(layer, x).view_as(upstream).backward(upstream)
 
-    seconds = interleaved(*(lambda layer=layer: step(layer) for layer in layers), repeats=11)
+    turns = [count() for _ in layers]
+    steps = (lambda layer=layer, turn=turn: step(layer, batches[next(turn)]) for layer, turn in zip(layers, turns, strict=True))
+    seconds = interleaved(*steps, repeats=repeats, warmup=warmup)
     mine, *theirs, dense = seconds
     best = min(theirs)
     name = names[theirs.index(best)]

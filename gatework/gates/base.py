@@ -89,7 +89,10 @@ class Router(Gate):
     @torch.no_grad()
     def monitor(self, routing: Routing, mask: Bool[Tensor, "N"] | None) -> dict[str, Tensor]:
         """``load`` (share of the choices by expert), ``entropy`` of the probabilities in nats, ``max_violation``
-        (largest load over the mean, minus 1) and ``dead`` (experts that nobody chose)."""
+        (largest load over the mean, minus 1) and ``dead`` (experts that nobody chose); nothing for a single token in
+        evaluation, a step of decoding, whose routing costs less than its statistics."""
+        if not self.training and routing.experts.shape[0] == 1:
+            return {}
         chosen = counts(routing.experts, self.n_experts, mask).to(routing.weights.dtype)
         load = chosen / chosen.sum().clamp(min=1)
         found = {"load": load, "max_violation": load.max() * self.n_experts - 1, "dead": (chosen == 0).sum()}

@@ -118,11 +118,10 @@ def run_experts(
 
 def _run_one_token(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
     """The same for a single token without a graph, as in decoding: nothing to sort."""
-    slots = zip(routing.experts[0].tolist(), routing.weights[0].tolist(), strict=True)
-    used = [slot for slot, (_, weight) in enumerate(slots) if weight != 0]
+    chosen = routing.experts[0].tolist()
+    used = [slot for slot, weight in enumerate(routing.weights[0].tolist()) if weight != 0]
     if not used:
         return torch.zeros_like(x)
-    chosen = routing.experts[0].tolist()
     outputs = torch.cat([experts[chosen[slot]](x) for slot in used])
     weights = routing.weights if len(used) == len(chosen) else routing.weights[:, used]
     return weights.to(outputs.dtype) @ outputs
