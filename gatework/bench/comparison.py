@@ -294,7 +294,9 @@ class Comparison:
         table.add_column(f"test\n{score if len(score) <= 8 else 'score'}", justify="right", no_wrap=True)
         table.add_column("difference\n± 95% (Holm)", justify="right", no_wrap=True)
         table.add_column("\nverdict", no_wrap=True)
-        for head in ("\nparams", f"FLOPs/\n{unit if len(unit) <= 7 else 'unit'}", "\ntime", "\ndiv."):
+        broken = any(row.diverged or row.failed for row in self.rows)
+        heads = ["\nparams", f"FLOPs/\n{unit if len(unit) <= 7 else 'unit'}", "\ntime", *["\ndiv."] * broken]
+        for head in heads:
             table.add_column(head, justify="right", no_wrap=True)
         for row in self.rows:
             style = STYLES.get(row.verdict.word, "") if row.verdict else "bold"
@@ -306,7 +308,7 @@ class Comparison:
                 formats.si(row.cost.get("parameters")),
                 formats.si(row.cost.get("train_flops_per_token")),
                 formats.seconds(row.cost.get("seconds")),
-                str(len(row.diverged)) + (f"+{len(row.failed)}f" if row.failed else ""),
+                *[str(len(row.diverged)) + (f"+{len(row.failed)}f" if row.failed else "")] * broken,
             )
         direction = f"{self.score_line()}; difference = variant - baseline"
         lines = [self.smallest_line(), self.axes_line(), self.tuning_line(), self.saved_line(), *self.notes()]

@@ -87,7 +87,7 @@ def compare(
     if unknown:
         name = min(unknown)
         raise GateworkError(f"a study has no setting {name!r}; {suggest(name, [*Study.__dataclass_fields__, 'data'])}")
-    if out is not None and "name" not in settings:
+    if out is not None and settings.get("name") is None:
         values["name"] = Path(out).name
     study = studies.define(values)
     folder = Path(out) if out is not None else Path("runs") / study.name
