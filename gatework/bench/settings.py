@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gatework.core.errors import GateworkError
-from gatework.core.expression import parse_settings
+from gatework.core.expression import parse_settings, parse_value
 from gatework.core.registry import suggest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -113,8 +113,14 @@ def variant_table(value: Any) -> dict[str, str]:
 
 
 def model_table(value: Any) -> dict[str, Any]:
-    """Settings of the model, from a text or a table."""
-    return parse(value) if isinstance(value, str) else dict(value)
+    """Settings of the model, from a text or a table; numbers are numbers in both."""
+    if not isinstance(value, str):
+        return dict(value)
+    table: dict[str, Any] = {}
+    for key, text in parse(value).items():
+        plain = parse_value(text) if "," not in text else text
+        table[key] = plain if plain is None or isinstance(plain, int | float) else text
+    return table
 
 
 def study_name(kind: str, value: Any) -> str:
