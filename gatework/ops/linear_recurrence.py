@@ -70,8 +70,8 @@ def gated_linear_recurrence(
     dtype = torch.promote_types(v.dtype, torch.float32)
     length, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        # (B, T, H, *) -> (B, H, T, *), in the computing dtype.
-        q, k, values, decay = (x.transpose(1, 2).to(dtype) for x in (q * scale, k, v, log_decay.expand_as(k)))
+        # (B, T, H, *) -> (B, H, T, *), in the computing dtype and in that order: all products below are over T and K.
+        q, k, values, decay = (x.transpose(1, 2).to(dtype).contiguous() for x in (q * scale, k, v, log_decay.expand_as(k)))
         if state is None:
             state = values.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
         state = state.to(dtype)
@@ -152,12 +152,9 @@ def _scaled(q: Tensor, k: Tensor, b: Tensor, block: int) -> tuple[Tensor, Tensor
     return _halves(q, block)[1] * grow_q, _halves(k, block)[0] * grow_k, grow_q, grow_k
 
 
-def _explicit(b: Tensor, sub: int) -> Tensor:
-    """exp(b_i - b_j) inside the diagonal blocks for i >= j, 0 elsewhere: (..., C/sub, sub, sub, K)."""
-    blocks = b.unflatten(-2, (-1, sub))
-    difference = blocks.unsqueeze(-2) - blocks.unsqueeze(-3)
-    future = torch.ones(sub, sub, dtype=torch.bool, device=b.device).triu(1)[..., None]
-    return difference.masked_fill_(future, float("-inf")).exp_()
+def _pairs(b: Tensor, distance: int) -> Tensor:
+    """exp(b_i - b_(i - distance)) inside blocks (..., C/sub, sub, K): (..., C/sub, sub - distance, K)."""
+    return (b[..., distance:, :] - b[..., :-distance, :]).exp_()
 
 
 class _Chunks(torch.autograd.Function):
@@ -172,9 +169,11 @@ class _Chunks(torch.autograd.Function):
         for block in _levels(chunk, sub):
             later_q, early_k, _, _ = _scaled(q, k, b, block)
             _corner(p, block).copy_(later_q @ early_k.transpose(-1, -2))
-        queries, keys = q.unflatten(-2, (-1, sub)), k.unflatten(-2, (-1, sub))
-        weighted = _explicit(b, sub).mul_(queries.unsqueeze(-2))
-        _diagonal(p, sub).copy_(weighted.mul_(keys.unsqueeze(-3)).sum(-1))
+        p.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+        queries, keys, blocks, diagonal = (*(x.unflatten(-2, (-1, sub)) for x in (q, k, b)), _diagonal(p, sub))
+        for near in range(1, sub):
+            weighted = _pairs(blocks, near).mul_(queries[..., near:, :]).mul_(keys[..., :-near, :])
+            diagonal.diagonal(-near, -2, -1).copy_(weighted.sum(-1))
         if same is not None:
             p *= same
         end = b[..., -1:, :]
@@ -223,13 +222,19 @@ class _Chunks(torch.autograd.Function):
             _halves(d_k, block)[0].add_(dk_level)
             _halves(d_b, block)[1].addcmul_(_halves(q, block)[1], dq_level)
             _halves(d_b, block)[0].addcmul_(_halves(k, block)[0], dk_level, value=-1)
-        queries, keys = q.unflatten(-2, (-1, sub)), k.unflatten(-2, (-1, sub))
-        weighted = _explicit(b, sub).mul_(_diagonal(d_p, sub).unsqueeze(-1))
-        dq_block = (weighted * keys.unsqueeze(-3)).sum(-2)
-        dk_block = weighted.mul_(queries.unsqueeze(-2)).sum(-3)
-        d_q.unflatten(-2, (-1, sub)).add_(dq_block)
-        d_k.unflatten(-2, (-1, sub)).add_(dk_block)
-        d_b.unflatten(-2, (-1, sub)).addcmul_(queries, dq_block).addcmul_(keys, dk_block, value=-1)
+        own = d_p.diagonal(dim1=-2, dim2=-1)[..., None]  # A row's own key meets no decay.
+        d_q.addcmul_(own, k)
+        d_k.addcmul_(own, q)
+        queries, keys, blocks, diagonal = (*(x.unflatten(-2, (-1, sub)) for x in (q, k, b)), _diagonal(d_p, sub))
+        dq_blocks, dk_blocks, db_blocks = (x.unflatten(-2, (-1, sub)) for x in (d_q, d_k, d_b))
+        for near in range(1, sub):
+            query, key = queries[..., near:, :], keys[..., :-near, :]
+            weighted = _pairs(blocks, near).mul_(diagonal.diagonal(-near, -2, -1)[..., None])
+            dq_blocks[..., near:, :].addcmul_(weighted, key)
+            dk_blocks[..., :-near, :].addcmul_(weighted, query)
+            weighted.mul_(query).mul_(key)
+            db_blocks[..., near:, :].add_(weighted)
+            db_blocks[..., :-near, :].sub_(weighted)
         d_b[..., -1, :] += d_end
         return d_q, d_k, d_v, d_b, d_states[:, :, 0].clone(), None, None, None
 
