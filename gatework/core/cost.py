@@ -7,9 +7,9 @@ of ``torch.utils.flop_counter``, whose formulas are used). :data:`FORMULAS` adds
 fused CPU attention, ``grouped_mm``, matrix-vector products, in-place products, triangular solves, fused LSTM, the fused
 layers that ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` run in evaluation.
 
-Attention is counted in full whatever its mask (two products of T x T forward, five backward with the fused kernels'
-recomputation of the scores, four without): a causal mask is **not** discounted, although fused kernels leave fully
-masked blocks out.
+Attention costs two products of T x T forward, and backward five with the fused kernels' recomputation of the scores, four
+without. Fused kernels with ``is_causal`` leave out what the mask hides: only the pairs that see each other are counted (torch's
+own counter counts all). A mask given as a tensor hides nothing from the count, because it spares no kernel the work.
 """
 
 from __future__ import annotations
@@ -35,12 +35,22 @@ from gatework.core.contracts import State, losses, metrics
 aten = torch.ops.aten
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+def _attention(op: Any) -> Callable[..., int]:
+    """The formula of a fused attention operation, forward or backward."""
+    place = [argument.name for argument in op.default._schema.arguments].index("is_causal")
+    backward = op.default._schema.arguments[0].name.startswith("grad")
 
+    def count(*args: Any, **kwargs: Any) -> int:
+        query, key = args[backward].shape, args[backward + 1].shape
+        shapes = [x.shape for x in args[: 3 + backward]]
+        flops: int = sdpa_backward_flop_count(*shapes) if backward else sdpa_flop_count(*shapes)
+        if not kwargs.get("is_causal", args[place] if len(args) > place else False):
+            return flops
+        new, entries = query[-2], key[-2]
+        seen = sum(min(row + 1, entries) for row in range(new))
+        return flops * seen // max(new * entries, 1)
 
-def _sdpa_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+    return count
 
 
 def _product(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -86,13 +96,13 @@ def _lstm_backward(x: Tensor, w_input: Tensor, w_hidden: Tensor, *args: Any, **k
     return 2 * _lstm(x, w_input, w_hidden)
 
 
-#: FLOP formulas by operation for what torch's own table lacks; each takes the operation's arguments. They stay in
-#: gatework: torch's global table is left alone.
+KINDS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")
+FUSED_ATTENTION = [getattr(aten, f"_scaled_dot_product_{kind}{end}") for kind in KINDS for end in ("", "_backward")]
+
+#: FLOP formulas by operation for what torch's own table lacks, and for fused attention; each takes the operation's
+#: arguments. They stay in gatework: torch's global table is left alone.
 FORMULAS: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
-    aten._scaled_dot_product_fused_attention_overrideable: _sdpa,
-    aten._scaled_dot_product_fused_attention_overrideable_backward: _sdpa_backward,
+    **{op: _attention(op) for op in FUSED_ATTENTION},
     aten._grouped_mm: _product,
     aten._int_mm: _product,
     aten.mv: _product,
@@ -118,7 +128,7 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
 def _formulas() -> dict[Any, Callable[..., int]]:
     # Torch's formulas take `out_val`; ours look at the arguments only.
     ours = {op: (lambda *args, out_val, _f=f, **kwargs: _f(*args, **kwargs)) for op, f in FORMULAS.items()}
-    return ours | dict(flop_registry)
+    return dict(flop_registry) | ours
 
 
 class FlopCount(TorchDispatchMode):

@@ -94,7 +94,7 @@ def test_what_a_record_says(data):
     model, _ = by_hand(task, steps=2)
     parameters = sum(p.numel() for p in model.parameters())
     weights = parameters - 16 - 16 - 16  # Without the norms' gains.
-    attention = 16 * 16 * 2 * 2  # Not halved for the causal mask; the fused backward pass has five products for two.
+    attention = 2 * 2 * 16 * sum(range(1, 17)) / 16  # Two products over the pairs that see each other; backward has five.
     cost = record["cost"]
     assert cost["parameters"] == cost["active_parameters"] == parameters
     assert cost["forward_flops_per_token"] == pytest.approx(2 * weights + attention)

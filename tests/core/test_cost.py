@@ -88,22 +88,29 @@ def test_grouped_products(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-def test_fused_cpu_attention_counts_in_full_whatever_the_mask(dtype, causal):
+def test_fused_cpu_attention_counts_the_pairs_that_see_each_other(dtype, causal):
     q, k, v = (random(B, 4, T, 8, dtype=dtype).requires_grad_() for _ in range(3))
-    product = 2 * B * 4 * T * T * 8
+    whole = 2 * B * 4 * T * T * 8
+    product = 2 * B * 4 * sum(range(1, T + 1)) * 8 if causal else whole
     with count_flops() as count:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     assert set(count.by_op) == {"_scaled_dot_product_flash_attention_for_cpu"}
     assert count.total == 2 * product
     assert flops(lambda: y.backward(random(*y.shape, dtype=dtype))) == 5 * product
     allowed = torch.ones(T, T, dtype=torch.bool).tril()
-    assert flops(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)) == 2 * product
+    assert flops(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)) == 2 * whole
     shared = [x[:, :2].detach() for x in (k, v)]
     assert flops(lambda: F.scaled_dot_product_attention(q, *shared, is_causal=causal, enable_gqa=True)) == 2 * product
     with sdpa_kernel(SDPBackend.MATH):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        assert flops(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)) == 2 * product
-    assert flops(lambda: y.backward(random(*y.shape, dtype=dtype))) == 4 * product
+        assert flops(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)) == 2 * whole
+    assert flops(lambda: y.backward(random(*y.shape, dtype=dtype))) == 4 * whole
+
+
+def test_causal_attention_over_more_or_fewer_keys_than_queries():
+    q, few, many = random(1, 1, 4, 8), random(1, 1, 3, 8), random(1, 1, 6, 8)
+    assert flops(lambda: F.scaled_dot_product_attention(q, few, few, is_causal=True)) == 2 * 2 * 8 * (1 + 2 + 3 + 3)
+    assert flops(lambda: F.scaled_dot_product_attention(q, many, many, is_causal=True)) == 2 * 2 * 8 * (1 + 2 + 3 + 4)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -153,7 +160,7 @@ def gla_recurrence(heads: int, key: int, value: int, chunk: int = 64, sub: int =
     return chunks * (levels + values + states), chunks * 2 * (levels + values + states)
 
 
-SCORES = 2 * B * T * T * D
+SCORES = 2 * B * (T * (T + 1) // 2) * D  # One product over the pairs that see each other.
 RECURRENCE = gla_recurrence(4, D // 2 // 4, D // 4)
 GLA_PROJECTIONS = 2 * N * (2 * D * (D // 2) + 3 * D * D + D * 16 + 16 * (D // 2))
 

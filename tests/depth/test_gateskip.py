@@ -303,12 +303,15 @@ def test_the_gate_is_read_from_a_detached_stream():
 
 
 def branch_flops(m: GateSkip, keeps: list[torch.Tensor]) -> tuple[int, int, int]:
-    """Linear maps of the branches, scores, and gates, for a batch of one row with fewer kept tokens than a chunk of queries."""
+    """Linear maps of the branches, scores, and gates, for a batch of one row with fewer kept tokens than a chunk of queries.
+
+    With every token kept the fused causal kernel computes the pairs that see each other, else a mask hides them from the result.
+    """
     linear = scores = gates = 0
     for mixer, feedforward in zip(keeps[::2], keeps[1::2], strict=True):
         n, kept, reach = mixer.numel(), int(mixer.sum()), int(mixer[0].nonzero().max()) + 1
         linear += 2 * D * D * (2 * n + 2 * kept) + 2 * 3 * D * D_FF * int(feedforward.sum())
-        scores += 2 * 2 * D * kept * reach
+        scores += 2 * 2 * D * (n * (n + 1) // 2 if kept == n else kept * reach)
         gates += 2 * n * 2 * D * D
     return linear, scores, gates
 
