@@ -25,6 +25,7 @@ from gatework.core.registry import build, register
 from gatework.core.routing import Routing
 from gatework.ops.dispatch import run_experts, unstack
 from gatework.ops.linear import alignment, linear
+from gatework.ops.precision import without_autocast
 
 
 @register("moe", paper="sparse_moe")
@@ -125,7 +126,7 @@ class MoE(Experts):
             dtype = torch.get_autocast_dtype(x.device.type)
         else:
             dtype = torch.promote_types(x.dtype, self.w_in.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             x = x.to(dtype)
             experts = _Experts(self, unstack(self.w_in.to(dtype)), unstack(self.w_out.to(dtype)))
             rows = routing.experts.numel() / self.experts

@@ -44,6 +44,7 @@ from gatework.feedforward.base import hidden_width
 from gatework.feedforward.glu import GLU
 from gatework.ops.dispatch import dispatch, run_experts
 from gatework.ops.estimators import gumbel_softmax
+from gatework.ops.precision import without_autocast
 
 
 @register("versatile_ffn", paper="versatile_ffn")
@@ -213,7 +214,7 @@ class VersatileFFN(FeedForward):
         """Expert (N, E) and depth (N, L) logits of the un-normalised stream, in float32 (float64 stays float64)."""
         layers = [layer for layer in (self.expert_router, self.depth_router) if layer is not None]
         dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with without_autocast(x_ND.device):
             logits = F.linear(x_ND.to(dtype), torch.cat([layer.weight for layer in layers]).to(dtype))
         split = 0 if self.expert_router is None else self.experts
         return logits[:, :split], logits[:, split:]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gatework.core.contracts import Gate
 from gatework.core.routing import Routing
+from gatework.ops.precision import without_autocast
 
 #: Added to the squared mean in the squared coefficient of variation.
 CV_EPS = 1e-10
@@ -18,18 +19,19 @@ CV_EPS = 1e-10
 def top_k(scores: Float[Tensor, "N E"], k: int) -> Int[Tensor, "N k"]:
     """The k highest scores of each row, highest first; of equal scores the lower index comes first, on every device."""
     if k <= 4:
-        left, chosen = scores.detach(), []
-        for _ in range(k):
-            chosen.append(left.argmax(1))
-            left = left.scatter(1, chosen[-1][:, None], float("-inf"))
-        return torch.stack(chosen, 1)
+        left = scores.detach()
+        chosen = [left.argmax(1, keepdim=True)]
+        for _ in range(k - 1):
+            left = left.scatter(1, chosen[-1], float("-inf"))
+            chosen.append(left.argmax(1, keepdim=True))
+        return torch.cat(chosen, 1)
     return scores.detach().argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
 def router_logits(x: Float[Tensor, "N D"], weight: Float[Tensor, "E D"]) -> Float[Tensor, "N E"]:
     """``x weight^T`` in float32 (float64 stays), whatever the autocast dtype is."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return F.linear(x.to(dtype), weight.to(dtype))
 
 

@@ -5,7 +5,7 @@ In float32 on a CPU, oneDNN's product runs up to twice as fast as the BLAS behin
 copy, so the backward pass gains alike. But it compiles a kernel for each shape that it has not seen, which takes as long
 as a product of a few hundred rows, and an expert's number of rows is new in every step. So it is used for whole multiples
 of :data:`ROWS` rows alone, of which there are few; :func:`alignment` tells who sorts the rows whether to fill up to that.
-``torch.backends.mkldnn.set_flags(False)`` switches it off. Everything else goes to ``torch.mm``.
+``torch.backends.mkldnn.set_flags(False)`` switches it off. Everything else goes to ``torch.nn.functional.linear``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -37,16 +38,10 @@ def alignment(rows: float, width: int, dtype: torch.dtype, device: torch.device)
     return ROWS if wide and pays else 1
 
 
-def product(a: Float[Tensor, "M K"], b: Float[Tensor, "N K"], fast: bool = True) -> Float[Tensor, "M N"]:
-    """``a b^T``, without a graph; either operand may be a transposed view. ``fast`` lets oneDNN do it."""
-    if fast:
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.t()
-
-
 def _fast(x: Tensor, weight: Tensor) -> bool:
-    fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[0] % ROWS == 0
-    return fits and x.shape[0] * weight.numel() >= _LEAST_WORK and _onednn()
+    rows = x.shape[0]
+    fits = rows % ROWS == 0 and rows * weight.numel() >= _LEAST_WORK
+    return fits and x.dtype == torch.float32 and x.device.type == "cpu" and _onednn()
 
 
 def _onednn() -> bool:
@@ -55,9 +50,15 @@ def _onednn() -> bool:
 
 def linear(x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "M O"]:
     """``x weight^T`` with gradients. Double backward is not supported."""
-    if not torch.is_grad_enabled():
-        return product(x, weight, _fast(x, weight))
-    out: Tensor = _Linear.apply(x, weight)
+    if not _fast(x, weight):
+        return F.linear(x, weight)
+    out: Tensor = _Linear.apply(x, weight) if torch.is_grad_enabled() else _product(x, weight)
+    return out
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b^T`` by oneDNN; either operand may be a transposed view."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return out
 
 
@@ -65,13 +66,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, _fast(x, weight))
+        return _product(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        d_y, fast = d_y.contiguous(), _fast(x, weight)
-        d_x = product(d_y, weight.t(), fast) if ctx.needs_input_grad[0] else None
-        d_weight = product(d_y.t(), x.t(), fast) if ctx.needs_input_grad[1] else None
+        d_y = d_y.contiguous()
+        d_x = _product(d_y, weight.t()) if ctx.needs_input_grad[0] else None
+        d_weight = _product(d_y.t(), x.t()) if ctx.needs_input_grad[1] else None
         return d_x, d_weight

@@ -31,6 +31,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gatework.ops.precision import without_autocast
+
 #: Up to this many tokens, without gradients, the recurrence is stepped: cheaper than a chunk, and what decoding does.
 STEP_LENGTH = 4
 
@@ -69,7 +71,7 @@ def gated_linear_recurrence(
         raise ValueError(f"chunk {chunk} and sub_chunk {sub_chunk} must be powers of two with sub_chunk <= chunk")
     dtype = torch.promote_types(v.dtype, torch.float32)
     length, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         # (B, T, H, *) -> (B, H, T, *), in the computing dtype and in that order: all products below are over T and K.
         q, k, values, decay = (x.transpose(1, 2).to(dtype).contiguous() for x in (q * scale, k, v, log_decay.expand_as(k)))
         if state is None:
