@@ -86,6 +86,11 @@ class Activation(Part):
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Apply the function to every element."""
 
+    def gated(self, halves: Float[Tensor, "*B H2"]) -> Float[Tensor, "*B H"]:
+        """Of the two halves of the last axis, the second times the activation of the first (a gated linear unit)."""
+        gate, value = halves.chunk(2, -1)
+        return self(gate) * value
+
 
 class Gate(Part):
     """Who is chosen: maps tokens to a :class:`Routing`.

@@ -173,9 +173,5 @@ class _Experts(Sequence[Callable[[Tensor], Tensor]]):
 
     def _run(self, w_in: Tensor, w_out: Tensor, x: Tensor) -> Tensor:
         h = linear(x, w_in)
-        if self.layer.glu:
-            gate, up = h.chunk(2, -1)
-            h = self.layer.activation(gate) * up
-        else:
-            h = self.layer.activation(h)
+        h = self.layer.activation.gated(h) if self.layer.glu else self.layer.activation(h)
         return linear(h.to(x.dtype), w_out)
