@@ -39,7 +39,7 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
 #: Defaults by task: what is not given in the file or by a flag.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {
-        "tokens": 400_000,
+        "tokens": 600_000,
         "tune_tokens": 150_000,
         "batch_size": 8,
         "learning_rates": (1e-3, 2e-2),
