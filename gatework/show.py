@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import textwrap
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ from gatework.core.registry import Entry, build, check, entries, lookup, paramet
 from gatework.depth.base import Block
 
 
+def _width() -> int:
+    terminal = Console()
+    return min(terminal.width, 110) if terminal.is_terminal else 80
+
+
 def _text(*renderables: Any) -> str:
     """Rendered for the terminal that reads it: its width and colours, or 80 columns of plain text."""
-    terminal = Console()
-    width = terminal.width if terminal.is_terminal else 80
-    console = Console(file=io.StringIO(), width=min(width, 110), force_terminal=terminal.is_terminal, highlight=False)
+    console = Console(file=io.StringIO(), width=_width(), force_terminal=Console().is_terminal, highlight=False)
     for renderable in renderables:
         console.print(renderable)
     out = console.file
@@ -52,7 +56,7 @@ def show_part(name: str) -> str:
     """A part's docstring, arguments with their defaults, capabilities and paper."""
     entry = lookup(name)
     head = Text.assemble((entry.name, "bold"), f"  ({entry.cls.__module__}.{entry.cls.__name__})")
-    rows: list[Any] = [head, "", Padding(Text(inspect.getdoc(entry.cls) or ""), (0, 0, 0, 2)), "", Text("Arguments", style="bold")]
+    rows: list[Any] = [head, "", Text(_wrapped(inspect.getdoc(entry.cls) or "")), "", Text("Arguments", style="bold")]
     rows += [Padding(_arguments(entry), (0, 0, 0, 2))]
     able = [(key, capability(entry.cls, key)) for key in CAPABILITIES if key in getattr(entry.cls, "capabilities", {})]
     if able:
@@ -64,6 +68,35 @@ def show_part(name: str) -> str:
         found = papers()[entry.paper]
         rows += ["", Text("Paper", style="bold"), Padding(Text(f"{found.title} ({found.year})\n{found.source}"), (0, 0, 0, 2))]
     return _text(*rows)
+
+
+def _wrapped(docstring: str) -> str:
+    """A docstring filled anew to the width, two columns in; sections, their items and indented examples keep their shape."""
+    filled: list[tuple[int, str]] = []  # Indentation and text of each paragraph, item or heading.
+    section = verbatim = False
+    for line in docstring.splitlines():
+        text = line.strip()
+        indent = len(line) - len(line.lstrip())
+        last, previous = filled[-1] if filled else (0, "")
+        after_blank = not previous
+        if not text:
+            section, verbatim = section and indent > 0, False
+        elif indent == 0:
+            section = text.endswith(":")
+        elif after_blank and not section:
+            verbatim = True
+        item = section and indent > 0 and ((previous.endswith(":") and last == 0) or indent == last)
+        verbatim = verbatim or text.startswith((">>>", "..."))
+        if not text or after_blank or verbatim or item or indent < last or (indent == 0 and section):
+            filled.append((indent, text))
+        else:
+            filled[-1] = (last, f"{previous} {text}")
+    width = _width()
+    lines = [
+        textwrap.fill(text, width, initial_indent=" " * (indent + 2), subsequent_indent=" " * (indent + (6 if indent else 2)))
+        for indent, text in filled
+    ]
+    return "\n".join(lines)
 
 
 def _arguments(entry: Entry) -> Table:
