@@ -16,7 +16,9 @@ Differences.
 - *Thresholds.* A quantile over the batch sees the future and couples the rows, and a single token has none. It is used in
   training only. There each branch keeps a running table of 101 quantiles of its importance, and outside training tau is read
   from that table for whatever budget is set. So outside training the model is causal, independent of the rest of the batch, and
-  token by token equals whole.
+  token by token equals whole. Equal tokens have equal importances where a branch sees little context (in the first mixer, all
+  tokens of one kind), and a threshold beside such a value would send all of them the other way after the smallest change: the
+  table holds the middle between the least kept and the largest skipped importance, which decides alike about its own batch.
 - *Ties.* The paper skips ``a_t <= tau``; here ``a_t < tau``. They differ for importances equal to tau only, and saturated gates
   (all exactly 1) then skip nothing instead of everything.
 - *Keys and values of skipped tokens* are computed from the token's own stream (``dense_kv``, the compute-saving path of the
@@ -41,9 +43,10 @@ from gatework.core.contracts import No, State, in_backward
 from gatework.core.registry import register
 from gatework.depth.base import Block, BlockPolicy
 
-#: Quantiles in a branch's table, and the least weight of a new batch in its running average.
+#: Quantiles in a branch's table, and the tokens over which it averages: enough to know a quantile within a percent, few enough to
+#: follow gates that move between steps by more than the tokens of a batch differ.
 QUANTILES = 101
-RATE = 0.05
+TOKENS = 4096
 #: Above this share of kept tokens gathering costs more than it saves: the branch runs for all and the rest is masked.
 DENSE_ABOVE = 0.9
 
@@ -76,6 +79,7 @@ class _Pass:
         self.tables: list[Tensor] = []
         self.kept: list[Tensor] = []
         self.gates: list[Tensor] = []
+        self.tokens = 0
 
 
 @register("gateskip", paper="gateskip")
@@ -254,10 +258,11 @@ class GateSkip(BlockPolicy):
                 keep = importance >= limit
         elif len(real):
             steps = torch.linspace(0, 1, QUANTILES, device=real.device, dtype=real.dtype)
-            table = torch.quantile(real, torch.cat([steps, steps.new_tensor([limit])]))
-            said.tables.append(table[:-1])
+            tau = torch.quantile(real, torch.cat([steps, steps.new_tensor([limit])]))
+            said.tables.append(_between(real, tau[:-1]))
+            said.tokens = len(real)
             if limit > 0:
-                keep = importance >= table[-1]
+                keep = importance >= tau[-1]
         if keep is not None and mask is not None:
             keep = keep & mask
         said.kept.append(real.new_ones(()) if keep is None else keep.sum() / max(len(real), 1))
@@ -292,7 +297,7 @@ class GateSkip(BlockPolicy):
                 tables = torch.stack(said.tables).view_as(self.quantiles).to(self.quantiles.dtype)
                 rate = 1 / (self.passes + 1)
                 if not self._calibrating:
-                    rate = rate.clamp(min=RATE)
+                    rate = rate.clamp(min=min(1.0, said.tokens / TOKENS))
                 self.quantiles.copy_(torch.where(self.passes == 0, tables, self.quantiles + rate * (tables - self.quantiles)))
                 self.passes.add_(1)
 
@@ -305,6 +310,15 @@ class GateSkip(BlockPolicy):
             if after.dtype.itemsize < before.dtype.itemsize:
                 setattr(self, name, before.to(device=after.device, dtype=torch.float32))
         return self
+
+
+def _between(importance: Tensor, tau: Tensor) -> Tensor:
+    """Thresholds that decide as ``tau`` does, halfway between the least kept and the largest skipped importance."""
+    ordered = importance.sort().values
+    first = torch.searchsorted(ordered, tau).clamp(max=len(ordered) - 1)
+    kept, skipped = ordered[first], ordered[(first - 1).clamp(min=0)]
+    middle = (kept + skipped) / 2
+    return torch.where(middle > skipped, middle, kept)
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -426,24 +426,50 @@ def test_resuming_goes_on_where_it_was():
 # Outside training: thresholds.
 
 
+def halfway(values: list[float], tau: float) -> float:
+    """Between the least kept and the largest skipped value."""
+    kept, skipped = [v for v in values if v >= tau], [v for v in values if v < tau]
+    return (min(kept) + max(skipped)) / 2 if skipped else min(kept)
+
+
 def quantile_tables(m, x, real=None, skip=0.5):
     importances = Reference(m, x, real, skip=everywhere(skip)).importances
     real = torch.ones(x.shape[:2], dtype=torch.bool) if real is None else real
-    rows = [[quantile(a[real].tolist(), i / 100) for i in range(101)] for a in importances]
+    rows = [[halfway(a[real].tolist(), quantile(a[real].tolist(), i / 100)) for i in range(101)] for a in importances]
     return torch.tensor(rows, dtype=torch.float64).view(LAYERS, 2, 101)
 
 
-def test_the_tables_are_running_quantiles_of_the_real_tokens():
+def test_the_tables_are_running_quantiles_of_the_real_tokens(monkeypatch):
+    monkeypatch.setattr(gateskip, "TOKENS", 256)
     m, expected = policy(), None
     assert (m.quantiles == -math.inf).all()
     for step in range(30):
         x, real = inputs(seed=step), mask() if step % 2 else None
         table = quantile_tables(m, x, real)
-        rate = max(1 / (step + 1), 0.05)
+        rate = max(1 / (step + 1), (24 if real is None else int(real.sum())) / 256)
         expected = table if expected is None else (1 - rate) * expected + rate * table
         m(x, mask=real)
         torch.testing.assert_close(m.quantiles, expected, rtol=0, atol=1e-6 if step else 1e-13)
     assert m.passes == 30
+
+
+def test_a_batch_of_many_tokens_replaces_the_table(monkeypatch):
+    monkeypatch.setattr(gateskip, "TOKENS", 24)
+    m = policy()
+    for step in range(3):
+        expected = quantile_tables(m, inputs(seed=step))
+        m(inputs(seed=step))
+        torch.testing.assert_close(m.quantiles, expected, rtol=0, atol=1e-13)
+
+
+def test_thresholds_keep_away_from_importances_that_many_tokens_share():
+    importance = torch.tensor([0.9, 0.1, 0.5, 0.5, 0.1, 0.5, 0.5, 0.9, 0.1, 0.5], dtype=torch.float64)
+    tau = torch.tensor([0.1, 0.3, 0.5, 0.6, 0.9], dtype=torch.float64)
+    expected = torch.tensor([0.1, 0.3, 0.3, 0.7, 0.7], dtype=torch.float64)
+    torch.testing.assert_close(gateskip._between(importance, tau), expected, rtol=0, atol=1e-15)
+    last = math.nextafter(1.0, 0.0)
+    neighbours = torch.tensor([last, 1.0], dtype=torch.float64)
+    assert gateskip._between(neighbours, neighbours).tolist() == [last, 1.0]
 
 
 def test_calibrating_counts_alike_and_starts_anew():
