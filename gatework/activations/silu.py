@@ -27,7 +27,7 @@ class SiLU(SelfGated):
 
     def gated(self, halves: Float[Tensor, "*B H2"]) -> Float[Tensor, "*B H"]:
         """``silu(a) * b`` of the halves ``(a, b)``, with a backward that saves the halves alone. No double backward."""
-        out: Tensor = _Gated.apply(halves)
+        out: Tensor = _Gated.apply(halves) if torch.is_grad_enabled() else _gated(halves)
         return out
 
     def gate(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -35,12 +35,16 @@ class SiLU(SelfGated):
         return torch.sigmoid(x)
 
 
+def _gated(halves: Tensor) -> Tensor:
+    gate, value = halves.chunk(2, -1)
+    return F.silu(gate).mul_(value)
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, halves: Tensor) -> Tensor:
         ctx.save_for_backward(halves)
-        gate, value = halves.chunk(2, -1)
-        return F.silu(gate).mul_(value)
+        return _gated(halves)
 
     @staticmethod
     @once_differentiable

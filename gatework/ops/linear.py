@@ -33,9 +33,9 @@ def alignment(rows: float, width: int, dtype: torch.dtype, device: torch.device)
         dtype: of rows and weight.
         device: where they are.
     """
-    wide = rows >= 4 * ROWS and rows * width >= 2 * _LEAST_WORK  # At most an eighth of the rows is filled in, on average.
-    pays = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _onednn()
-    return ROWS if wide and pays else 1
+    # From four times as many rows on at most an eighth of them is filled in, on average.
+    pays = rows >= 4 * ROWS and rows * width >= 2 * _LEAST_WORK
+    return ROWS if pays and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _onednn() else 1
 
 
 def _fast(x: Tensor, weight: Tensor) -> bool:
