@@ -35,6 +35,8 @@ from gatework.ops.precision import without_autocast
 
 #: Up to this many tokens, without gradients, the recurrence is stepped: cheaper than a chunk, and what decoding does.
 STEP_LENGTH = 4
+#: Tokens whose chunks are computed at once.
+STRETCH = 1024
 
 
 def gated_linear_recurrence(
@@ -116,7 +118,17 @@ def _chunked(
         before = torch.cat([ids[:, :, :1, :1], last[:, :, :-1]], 2)  # The document that the incoming state belongs to.
         same = (ids[..., :, None] == ids[..., None, :]).to(q.dtype)
         carry = torch.stack([ids == before, ids == last, (last == before).expand_as(ids)]).to(q.dtype)
-    out, state = _Chunks.apply(q, k, v, decay.cumsum(3), state, same, carry, sub)
+    # In stretches whose intermediate results caches hold: a long sequence is then not slower per token than a short one.
+    stretch = max(1, STRETCH // chunk)
+    stretches = [x.split(stretch, 2) for x in (q, k, v, decay)]
+    same_parts, carry_parts = (
+        [None] * len(stretches[0]) if x is None else x.split(stretch, axis) for x, axis in ((same, 2), (carry, 3))
+    )
+    outputs = []
+    for *xs, b, same_part, carry_part in zip(*stretches, same_parts, carry_parts, strict=True):
+        out, state = _Chunks.apply(*xs, b.cumsum(3), state, same_part, carry_part, sub)
+        outputs.append(out)
+    out = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
     return out.flatten(2, 3)[:, :, :length], state
 
 

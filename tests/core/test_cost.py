@@ -62,7 +62,8 @@ a23, b35, x234, y245 = random(2, 3), random(3, 5), random(2, 3, 4), random(2, 4,
         (lambda: F.conv1d(random(2, 4, 10), random(8, 4, 3)), 2 * 2 * 8 * 8 * 4 * 3),
         (lambda: F.conv1d(random(2, 4, 10), random(4, 1, 3), groups=4), 2 * 2 * 4 * 8 * 3),
         (lambda: F.conv2d(random(2, 4, 6, 6), random(8, 4, 3, 3), padding=1), 2 * 2 * 8 * 36 * 4 * 9),
-        (lambda: linear.product(random(16, 4), random(5, 4)), 2 * 16 * 4 * 5),  # oneDNN's product, where there is one.
+        # oneDNN's product: whole multiples of its rows, and enough of them.
+        (lambda: linear.linear(random(64, 512), random(256, 512)), 2 * 64 * 512 * 256),
         (lambda: nn.LSTM(8, 6)(random(5, 2, 8)), 2 * 10 * 4 * 6 * (8 + 6)),
         (lambda: random(100).exp().softmax(0).cumsum(0).sum(), 0),
     ],

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from gatework.ops import linear_recurrence
 from gatework.ops.linear_recurrence import gated_linear_recurrence
 
 B, H, K, V = 2, 3, 4, 5
@@ -49,6 +50,15 @@ def test_chunked_equals_recurrence_with_all_gradients(length, chunk, sub_chunk):
     agree(xs, got, reference(*xs, 0.7), 1e-10)
 
 
+@pytest.mark.parametrize("stretch", [1, 16, 48])
+@pytest.mark.parametrize("length", [16, 49, 130])
+def test_stretches_of_chunks_hand_the_state_on(monkeypatch, length, stretch):
+    monkeypatch.setattr(linear_recurrence, "STRETCH", stretch)
+    xs = inputs(length)
+    got = gated_linear_recurrence(*xs[:4], state=xs[4], scale=0.7, chunk=16)
+    agree(xs, got, reference(*xs, 0.7), 1e-10)
+
+
 @pytest.mark.parametrize("strength", [0.0, 30.0, 1e4])
 def test_extreme_decays_are_exact_and_finite(strength):
     xs = inputs(70, strength)
@@ -78,8 +88,10 @@ def test_the_state_hands_over(cut):
     torch.testing.assert_close(last, end, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("stretch", [16, 1024])
 @pytest.mark.parametrize("cuts", [[5], [16], [1, 17, 33], [20, 21, 22]])
-def test_packed_documents_equal_separate_ones_with_gradients(cuts):
+def test_packed_documents_equal_separate_ones_with_gradients(monkeypatch, cuts, stretch):
+    monkeypatch.setattr(linear_recurrence, "STRETCH", stretch)
     xs = inputs(45, 2.0)
     edges = [0, *cuts, 45]
     segments = torch.cat([torch.full((B, b - a), i) for i, (a, b) in enumerate(pairwise(edges))], 1)
