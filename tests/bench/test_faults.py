@@ -236,7 +236,7 @@ WRONG = [
     (["profile", "adamw"], "adamw is an optim, which has no cost of its own"),
     (["profile", "glu(hidden=3)"], "glu has no argument 'hidden'"),
     (["nonsense"], "nonsense"),
-    ([], "Expected one of"),
+    ([], "(Expected one of|required)"),
 ]
 
 

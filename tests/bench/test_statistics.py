@@ -149,7 +149,8 @@ def test_detectable_by_simulation(n, alpha):
 @pytest.mark.parametrize(("delta", "n"), [(0.0, 3), (0.5, 4), (1.5, 6), (3.0, 2), (0.4, 50), (0.2, 400)])
 def test_power_is_the_noncentral_t(delta, n):
     critical, shift = stats.t.isf(0.025, n - 1), delta * math.sqrt(n) / 1.3
-    wanted = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
+    with np.errstate(divide="ignore"):  # Older versions of scipy divide by zero inside, and give the right number.
+        wanted = stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift)
     assert power_of(delta, 1.3, n, 0.05) == pytest.approx(wanted, rel=1e-7)
     assert power_of(0.0, 1.3, n, 0.05) == pytest.approx(0.05, rel=1e-8)
 
