@@ -36,7 +36,7 @@ from gatework.ops.precision import without_autocast
 #: Up to this many tokens, without gradients, the recurrence is stepped: cheaper than a chunk, and what decoding does.
 STEP_LENGTH = 4
 #: Tokens whose chunks are computed at once.
-STRETCH = 1024
+STRETCH = 512
 
 
 def gated_linear_recurrence(
