@@ -31,7 +31,7 @@ class Dispatch:
         weights: (N, k) the routing's weights.
         full: no slot is empty.
 
-    Rows that fill an expert's up to a multiple hold token 0; no slot names them, so they get no gradient and give none.
+    Rows that fill an expert's up to a multiple hold some used token; no slot names them, so they get no gradient and give none.
     """
 
     tokens: Int[Tensor, "R"]
@@ -82,7 +82,9 @@ def dispatch(routing: Routing, align: int = 1) -> Dispatch:
     )
     place[n_used:] = sum(filled)
     rows[order] = place
-    tokens = order.new_zeros(sum(filled)).index_copy_(0, place[:n_used], order[:n_used].div(k, rounding_mode="floor"))
+    # What fills up is a used token: padding may hold anything, NaN too, which even a gradient of 0 would not stop.
+    used_tokens = order[:n_used].div(k, rounding_mode="floor")
+    tokens = used_tokens[:1].repeat(sum(filled)).index_copy_(0, place[:n_used], used_tokens)
     return Dispatch(tokens, rows.view(-1, k), filled, routing.weights, full)
 
 
@@ -98,8 +100,8 @@ def run_experts(
         x: tokens.
         routing: who is chosen, over ``len(experts)`` experts.
         experts: each maps (M, D) to (M, D2) and is called once, with its own tokens, unless it has none.
-        align: fill the rows of each expert up to a multiple of this with copies of token 0, whose outputs are thrown
-            away (for experts that treat each row alone, where their kernels gain from it).
+        align: fill the rows of each expert up to a multiple of this with copies of a used token, whose outputs are
+            thrown away (for experts that treat each row alone, where their kernels gain from it).
 
     Raises:
         ValueError: if the number of experts is not the routing's.

@@ -72,6 +72,21 @@ def test_rows_are_the_used_slots_sorted_by_expert():
     assert plan.n_rows == len(used)
 
 
+@pytest.mark.parametrize("align", [1, 4])
+def test_a_token_that_nobody_serves_may_hold_anything(align):
+    w, chosen = routings()["full"]
+    w = w.clone()
+    w[0] = 0
+    leaves, functions = experts()
+    x = torch.randn(11, D, dtype=torch.float64)
+    expected = torch.autograd.grad(run_experts(x, Routing(w, chosen, E), functions, align).sum(), leaves)
+    x[0] = float("nan")
+    y = run_experts(x, Routing(w, chosen, E), functions, align)
+    assert torch.isfinite(y).all()
+    for mine, theirs in zip(torch.autograd.grad(y.sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
 def test_an_expert_without_tokens_is_not_called():
     called = []
     functions = [lambda x, e=e: (called.append((e, len(x))), x)[1] for e in range(E)]
