@@ -8,6 +8,7 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -q
 HOOK := --jaxtyping-packages=gatework,beartype.beartype
 WORKERS ?= 2
+OLDEST := $(VENV)/oldest
 
 .PHONY: compare test test-all lint bench docs clean
 
@@ -17,10 +18,12 @@ compare: $(STAMP)
 test: $(STAMP) lint
 	$(PYTEST) -n $(WORKERS) -m "not slow and not compile" $(HOOK)
 	$(PYTEST) -n $(WORKERS) -m "compile and not slow"
+	PYTHONPATH=$(OLDEST) $(PYTEST) -n $(WORKERS) -m "oldest and not slow" tests/models tests/surgery
 
 test-all: $(STAMP) lint
 	$(PYTEST) -n $(WORKERS) -m "not compile" $(HOOK)
 	$(PYTEST) -n $(WORKERS) -m "compile"
+	PYTHONPATH=$(OLDEST) $(PYTEST) -n $(WORKERS) -m "oldest" tests/models tests/surgery
 
 lint: $(STAMP)
 	$(BIN)/ruff check gatework tests benchmarks examples docs
@@ -30,11 +33,13 @@ lint: $(STAMP)
 bench: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/run.py
 
-$(STAMP): pyproject.toml constraints-dev.txt
+$(STAMP): pyproject.toml constraints-dev.txt constraints-data.txt constraints-oldest.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet -r constraints-dev.txt
-	$(BIN)/python -m pip install --quiet -c constraints-dev.txt --editable ".[bench,hf,test]"
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt --editable ".[bench,hf,postgres,docs,test]"
+	$(BIN)/python -m pip install --quiet --no-deps -r constraints-data.txt
+	rm -rf $(OLDEST) && $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) -r constraints-oldest.txt
 	touch $(STAMP)
 
 clean:
