@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BASE := $(VENV)/.installed-bench
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 # The hook checks every shape annotation while the tests run; torch.compile cannot trace through it, so compile tests run apart.
@@ -12,7 +13,7 @@ OLDEST := $(VENV)/oldest
 
 .PHONY: compare test test-all lint bench docs clean
 
-compare: $(STAMP)
+compare: $(BASE)
 	$(BIN)/gatework compare --out runs/default
 
 test: $(STAMP) lint
@@ -33,10 +34,14 @@ lint: $(STAMP)
 bench: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/run.py
 
-$(STAMP): pyproject.toml constraints-dev.txt constraints-data.txt constraints-oldest.txt
+$(BASE): pyproject.toml constraints-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet -r constraints-dev.txt
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt --editable ".[bench]"
+	touch $(BASE)
+
+$(STAMP): $(BASE) constraints-data.txt constraints-oldest.txt
 	$(BIN)/python -m pip install --quiet -c constraints-dev.txt --editable ".[bench,hf,postgres,docs,test]"
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints-data.txt
 	rm -rf $(OLDEST) && $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) -r constraints-oldest.txt
