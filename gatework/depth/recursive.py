@@ -1,0 +1,317 @@
+"""``Recursive``: a block of few unique layers run several times, each time with its own low-rank update of every linear.
+
+Bae et al., Relaxed Recursive Transformers: Effective Parameter Sharing with Layer-wise LoRA, 2024 (ICLR 2025), arXiv 2410.20672; no
+official release was found. With L virtual layers, R loops, m = L / R unique layers and cyclic sharing, virtual layer i = r m + j
+(0 <= r < R, 0 <= j < m) runs unique layer j, in which every linear has the weight
+
+    W_i = W'_j + B_i A_i,    A_i (rank, in),  B_i (out, rank)
+
+What W'_j starts as, given L layers with weights W_0 ... W_{L-1}:
+
+    average    the mean of W_j, W_{j+m}, ..., W_{j+(R-1)m}
+    stepwise   W_s, s the j-th of m evenly spaced numbers from 0 to L - 1, rounded half to even
+    lower      W_j
+    upper      W_{L-m+j}
+    random     W_s, s the j-th of m of the L layers drawn without replacement, in order
+
+What the updates start as: ``svd``, the best approximation of rank ``rank`` to W_i - W'_j = U S V^T (A_i = V_r^T, B_i = U_r S_r), or
+``zero`` (B_i = 0, A_i as in ``nn.Linear``).
+
+Differences: the paper adapts pretrained models only, by SVD. A model built from scratch starts here with ``stepwise`` and ``zero``:
+differences of random matrices have no low-rank structure, and their average is too small by sqrt(R). The paper's depth-wise batching
+is a scheduler, not a depth policy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatework.core.errors import PartError
+from gatework.core.registry import register
+from gatework.depth.base import Block
+from gatework.depth.stack import Stack
+
+Init = Literal["stepwise", "average", "lower", "upper", "random"]
+
+
+def sources(layers: int, loops: int, init: Init = "stepwise") -> list[list[int]]:
+    """The layers whose weights' mean each of the ``layers / loops`` unique layers starts from.
+
+    ``random`` draws from torch's random state.
+
+    Raises:
+        PartError: ``layers`` is not divisible by ``loops``, or the name is unknown.
+
+    Example:
+        >>> sources(6, 2, "stepwise"), sources(6, 2, "average")
+        ([[0], [2], [5]], [[0, 3], [1, 4], [2, 5]])
+    """
+    if loops < 1:
+        raise PartError(f"loops must be at least 1, got {loops}")
+    if layers < 1 or layers % loops:
+        raise PartError(f"the number of layers {layers} is not divisible by loops {loops}")
+    unique = layers // loops
+    if init == "average":
+        return [list(range(j, layers, unique)) for j in range(unique)]
+    if init == "stepwise":
+        chosen = np.linspace(0, layers - 1, unique).round().astype(int).tolist()
+    elif init == "lower":
+        chosen = list(range(unique))
+    elif init == "upper":
+        chosen = list(range(layers - unique, layers))
+    elif init == "random":
+        chosen = sorted(torch.randperm(layers, device="cpu")[:unique].tolist())
+    else:
+        raise PartError(f"init must be stepwise, average, lower, upper or random, got {init!r}")
+    return [[layer] for layer in chosen]
+
+
+def svd_lora_init(delta: Float[Tensor, "out in"], rank: int) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    """A and B whose product B A is the nearest matrix of at most this rank; all singular values go to B.
+
+    The squared Frobenius error is the sum of the squared singular values that are left out. Computed in float32 at least; the factors
+    have the dtype of ``delta``, and ``rank`` is cut to its smaller side.
+    """
+    exact = delta.to(torch.promote_types(delta.dtype, torch.float32))
+    u, s, vh = torch.linalg.svd(exact, full_matrices=False)
+    return vh[:rank].to(delta.dtype).contiguous(), (u[:, :rank] * s[:rank]).to(delta.dtype)
+
+
+class LoRALinear(nn.Module):
+    """A linear with a low-rank update: ``y = x (W + B A)^T + b``.
+
+    Args:
+        base: the linear that holds (or borrows) W and b.
+        lora_a: A (rank, in).
+        lora_b: B (out, rank).
+    """
+
+    def __init__(self, base: nn.Linear, lora_a: Float[Tensor, "rank in"], lora_b: Float[Tensor, "out rank"]) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
+
+    @property
+    def in_features(self) -> int:
+        """Inputs."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Outputs."""
+        return self.base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """``W + B A``, for code that takes a linear's weight instead of calling it."""
+        return torch.addmm(self.base.weight, self.lora_b, self.lora_a)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base.bias
+
+    def extra_repr(self) -> str:
+        """The rank."""
+        return f"rank={len(self.lora_a)}"
+
+    def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
+        """Apply the linear and its update."""
+        y: Tensor = self.base(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return y
+
+
+class _Borrower:
+    """Mixed into the class of a module that reads some of its parameters from another module, its owner."""
+
+    _borrowed: tuple[type, tuple[str, ...]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _unfilled, self._borrowed, self.__getstate__()
+
+    def active_parameters(self) -> int:
+        """Its own parameters: what is borrowed is counted where it is owned."""
+        return sum(p.numel() for p in self.parameters())  # type: ignore[attr-defined]
+
+
+def _unfilled(cls: type, names: tuple[str, ...]) -> Any:
+    made = _borrowing(cls, names)
+    return made.__new__(made)
+
+
+@functools.cache
+def _borrowing(cls: type, names: tuple[str, ...]) -> type:
+    def borrowed(name: str) -> property:
+        return property(lambda self: getattr(self._owner[0], name))
+
+    fields: dict[str, Any] = {name: borrowed(name) for name in names}
+    return type(cls.__name__, (_Borrower, cls), fields | {"__module__": cls.__module__, "_borrowed": (cls, names)})
+
+
+def _borrow(module: nn.Module, owner: nn.Module, names: Sequence[str]) -> None:
+    """Make the parameters ``names`` of ``module`` those of ``owner``, which alone registers them.
+
+    So each is in ``parameters()`` and in the ``state_dict`` once, under its owner's name, and whoever replaces it there (a checkpoint
+    loaded into an empty model) has replaced it everywhere.
+    """
+    for name in names:
+        del module._parameters[name]
+    module._owner = (owner,)  # type: ignore[assignment]  # In a tuple, or it would be registered as a child.
+    module.__class__ = _borrowing(type(module), tuple(names))
+
+
+def share(
+    layers: Sequence[nn.Module],
+    loops: int,
+    rank: int = 8,
+    init: Init = "stepwise",
+    lora: Literal["svd", "zero"] = "zero",
+    share_norms: bool = True,
+) -> None:
+    """Turn ``layers`` into ``loops`` cycles over the same weights, in place.
+
+    Layer ``r m + j`` keeps its modules and buffers, and takes its parameters from layer j. Each ``nn.Linear`` becomes a
+    :class:`LoRALinear`. For ``loops`` 1 nothing changes. Arguments are those of :class:`Recursive`.
+
+    Raises:
+        PartError: settings that do not fit, layers a cycle apart of different structure, nothing to put an update on.
+    """
+    if rank < 0:
+        raise PartError(f"rank must be at least 0, got {rank}")
+    if lora not in ("svd", "zero"):
+        raise PartError(f"lora must be svd or zero, got {lora!r}")
+    chosen = sources(len(layers), loops, init)
+    if loops == 1:
+        return
+    unique = len(layers) // loops
+    for j in range(unique):
+        for i in {*range(j, len(layers), unique), *chosen[j]} - {j}:
+            if difference := _difference(layers[j], layers[i]):
+                raise PartError(f"layers {j} and {i} cannot share weights, they differ in {difference}: a pattern repeats in each loop")
+    if rank and not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):
+        raise PartError("there is no nn.Linear in the layers for a low-rank update: give rank=0 to share them as they are")
+
+    with torch.no_grad():
+        before = [dict(layer.named_parameters()) for layer in layers]
+        shared = [
+            {name: _mean([before[i][name] for i in chosen[j]]) for name, p in before[j].items() if share_norms or p.dim() > 1}
+            for j in range(unique)
+        ]
+        updates = []
+        for i, layer in enumerate(layers):
+            values = shared[i % unique]
+            updates.append({path: _update(w, values[f"{path}.weight"], rank, lora) for path, w in _linears(layer)} if rank else {})
+        for j, values in enumerate(shared):
+            for name, value in values.items():
+                before[j][name].copy_(value)
+    for i, layer in enumerate(layers):
+        if i >= unique:
+            owners, names = dict(layers[i % unique].named_modules()), shared[i % unique]
+            for path, module in list(layer.named_modules()):
+                if borrowed := [name for name in module._parameters if f"{path}.{name}".lstrip(".") in names]:
+                    _borrow(module, owners[path], borrowed)
+    for layer, update in zip(layers, updates, strict=True):
+        for path, (a, b) in update.items():
+            parent, _, name = path.rpartition(".")
+            linear = layer.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            setattr(layer.get_submodule(parent), name, LoRALinear(linear, a, b))
+
+
+def _linears(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    """Paths and weights of the linears inside a layer."""
+    return [
+        (path, module.weight) for path, module in layer.named_modules()
+        if path and isinstance(module, nn.Linear) and "weight" in module._parameters
+    ]
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0].clone()
+    dtype = torch.promote_types(values[0].dtype, torch.float32)
+    return torch.stack([value.to(dtype) for value in values]).mean(0).to(values[0].dtype)
+
+
+def _update(weight: Tensor, shared: Tensor, rank: int, lora: str) -> tuple[Tensor, Tensor]:
+    """A and B of one linear."""
+    if lora == "svd":
+        return svd_lora_init(weight - shared, rank)
+    rank = min(rank, *weight.shape)
+    a, b = weight.new_empty(rank, weight.shape[1]), weight.new_zeros(len(weight), rank)
+    nn.init.kaiming_uniform_(a, a=5**0.5)
+    return a, b
+
+
+def _difference(one: nn.Module, other: nn.Module) -> str | None:
+    """The first place in which two layers are not built alike."""
+    modules = [dict(layer.named_modules()) for layer in (one, other)]
+    for path in modules[0] | modules[1]:
+        a, b = (found.get(path) for found in modules)
+        if type(a) is not type(b):
+            return f"{path} ({type(a).__name__} and {type(b).__name__})"
+    shapes = [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in (one, other)]
+    for name in shapes[0] | shapes[1]:
+        if shapes[0].get(name) != shapes[1].get(name):
+            return f"{name} ({shapes[0].get(name)} and {shapes[1].get(name)})"
+    return None
+
+
+@register("recursive", paper="recursive")
+class Recursive(Stack):
+    """Few unique layers run several times, with a low-rank update each time.
+
+    Args:
+        blocks: L layers; ``L / loops`` keep weights, the others run with theirs. A pattern of parts repeats in each loop.
+        loops: how often the unique layers are run; 1 is the plain stack.
+        rank: rank of the update that each virtual layer has on each of its ``nn.Linear`` (cut to the linear's smaller side); 0 shares
+            strictly.
+        init: what the unique layers start from, of the L layers given: ``stepwise`` evenly spaced ones, the first and the last among
+            them; ``average`` the mean of those that share; ``lower`` the first; ``upper`` the last; ``random`` a random choice.
+        lora: ``zero`` starts every update at 0; ``svd`` at the best approximation of what the layer's own weight differs by from the
+            shared one, for layers that are trained already.
+        share_norms: share vectors too (norm gains, biases); False leaves each virtual layer its own.
+
+    The blocks stay L modules with settings, buffers (statistics, schedules) and side outputs of their own: a loss of a block that runs
+    ``loops`` times counts in each. What a weight is that no ``nn.Linear`` holds (stacked experts, convolutions), is shared without an
+    update. Each parameter is registered once: those of the unique layers in the first ``L / loops`` blocks.
+
+    Parameters: those of the unique layers, and ``rank * (in + out)`` per linear and virtual layer. Time and FLOPs are those of L layers
+    and the updates: ``2 rank (in + out)`` per linear and token. Weight decay on A and B pulls the virtual layers together.
+
+    Initialisation: the blocks' own, of those that ``init`` picks; updates start at 0 (B 0, A uniform within ``1 / sqrt(in)``).
+    ``average`` of untrained blocks is too small by ``sqrt(loops)``.
+
+    Decoding: each virtual layer's mixer keeps its own state, as in the plain stack.
+
+    Source: arXiv 2410.20672.
+
+    Raises:
+        PartError: a number of blocks that ``loops`` does not divide, a negative rank, blocks one cycle apart of different structure.
+    """
+
+    def __init__(
+        self,
+        blocks: list[Block] | nn.ModuleList,
+        loops: int = 2,
+        rank: int = 8,
+        init: Init = "stepwise",
+        lora: Literal["svd", "zero"] = "zero",
+        share_norms: bool = True,
+    ) -> None:
+        super().__init__(blocks)
+        share(list(self.blocks), loops, rank, init, lora, share_norms)
+        self.loops, self.rank, self.init, self.lora, self.share_norms = loops, rank, init, lora, share_norms
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        shown = f"loops={self.loops}, rank={self.rank}, init={self.init}, lora={self.lora}"
+        return f"{shown}, share_norms={self.share_norms}"
