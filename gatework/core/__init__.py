@@ -12,6 +12,7 @@ from gatework.core.contracts import (
     Part,
     SequenceMixer,
     State,
+    Weight,
     advance,
     capability,
     in_backward,
@@ -25,6 +26,6 @@ from gatework.core.routing import Routing
 
 __all__ = [
     "CAPABILITIES", "Activation", "DepthPolicy", "DepthState", "Experts", "FeedForward", "Gate", "GateworkError", "No", "Part",
-    "PartError", "Routing", "SequenceMixer", "Spec", "State", "advance", "build", "build_pattern", "capability", "check", "entries",
-    "in_backward", "lookup", "losses", "metrics", "parse", "parse_pattern", "parse_settings", "register",
+    "PartError", "Routing", "SequenceMixer", "Spec", "State", "Weight", "advance", "build", "build_pattern", "capability", "check",
+    "entries", "in_backward", "lookup", "losses", "metrics", "parse", "parse_pattern", "parse_settings", "register",
 ]

@@ -10,10 +10,11 @@ to be added to the objective) and ``self.metrics["name"]`` (detached). Assign wh
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from gatework.core.errors import PartError
 from gatework.core.routing import Routing
 
 
@@ -46,6 +48,7 @@ CAPABILITIES: dict[str, str] = {
     "compiles": "`torch.compile(fullgraph=True)` equals eager, and a second call of the same shape does not recompile",
     "float64": "runs in float64",
     "any_length": "runs at any sequence length, not one fixed when built",
+    "separable": "each parameter steps by its own gradients alone, as if it had an optimizer to itself",
 }
 
 
@@ -248,6 +251,42 @@ class DepthPolicy(Part):
         """Bytes that decoding keeps per sequence after ``length`` tokens, all blocks together."""
 
 
+class Weight(Part):
+    """Where weights come from: a ``torch.nn.utils.parametrize`` module that makes the weight a model uses from what it stores.
+
+    An instance is a recipe. ``gatework.weights.apply`` asks :meth:`bind` for one parametrization per weight; each is then
+    called with what its weight is made from whenever the model reads the weight.
+
+    A weight of more than two axes is either one matrix whose rows lie along the first axis (a convolution) or a stack of
+    matrices (experts); ``stacked`` is the number of leading axes that stack.
+    """
+
+    slot = family = "weight"
+    stacked: int = 0
+
+    def bind(self, weights: Sequence[Tensor], stacked: Sequence[int]) -> list[tuple[Weight, Tensor]]:
+        """For each of these weights its parametrization and what is stored from now on: here a copy of this part and the
+        weight itself."""
+        bound = []
+        for weight, axes in zip(weights, stacked, strict=True):
+            part = copy.deepcopy(self)
+            part.stacked = axes
+            bound.append((part, weight))
+        return bound
+
+    @abstractmethod
+    def forward(self, stored: Tensor) -> Tensor:
+        """The weight that the model uses, of the stored tensor's dtype; differentiable."""
+
+    def pack(self, stored: Tensor) -> tuple[nn.Module, Tensor]:
+        """The small form: a parametrization that gives the same weight, and what it is called with.
+
+        Raises:
+            PartError: the method has no packed form.
+        """
+        raise PartError(f"{type(self).__name__} has no packed form; weights.fold makes its weights permanent")
+
+
 def capability(part: type | object, name: str) -> bool | No:
     """Whether ``part`` has the capability, with the reason where it has not.
 
@@ -307,5 +346,5 @@ def in_backward() -> bool:
 
 __all__ = [
     "CAPABILITIES", "Activation", "DepthPolicy", "DepthState", "Experts", "FeedForward", "Gate", "No", "Part", "SequenceMixer",
-    "State", "advance", "capability", "in_backward", "losses", "metrics",
+    "State", "Weight", "advance", "capability", "in_backward", "losses", "metrics",
 ]
