@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +37,10 @@ class Optimizer(torch.optim.Optimizer):
 
     slot: ClassVar[str] = "optim"
     family: ClassVar[str] = "optim"
-    capabilities: ClassVar[Mapping[str, bool | No]] = {"float64": True}
+    capabilities: ClassVar[Mapping[str, bool | No]] = {"float64": True, "separable": True}
+    #: The range of ``lr`` that the bench searches, where ``lr`` is no plain learning rate and a study's own range makes no
+    #: sense for it.
+    learning_rates: ClassVar[tuple[float, float] | None] = None
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` for a hyper-parameter of ``group`` (defaults filled in) that makes no sense."""
@@ -81,11 +85,19 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: for a sparse gradient; no parameter has moved then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        work: list[tuple[dict[str, Any], dict[Any, list[Tensor]]]] = []
+        loss = evaluated(closure)
+        for group, params in self.work():
+            self._move(params, self.state[params[0]].get("step", 0) + 1, group)
+        return loss
+
+    def work(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """The parameters that have a gradient, with their group, in lists that move together: alike in device, dtype and
+        step count (``foreach``), or one by one (the plain loop), in the same order.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+        """
+        found = []
         for group in self.param_groups:
             alike: dict[Any, list[Tensor]] = {}
             for p in group["params"]:
@@ -93,32 +105,20 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 if p.grad.layout != torch.strided:
                     raise RuntimeError(f"{type(self).__name__} does not take sparse gradients; use torch.optim.SparseAdam")
-                taken = self.state[p]["step"] if p in self.state else 0
+                taken = self.state[p].get("step", 0) if p in self.state else 0
                 alike.setdefault((p.device, p.dtype, taken), []).append(p)
-            work.append((group, alike))
-        for group, lists in work:
-            for (_, _, taken), params in lists.items():
-                for some in [params] if group["foreach"] else [[p] for p in params]:
-                    self._move(some, taken + 1, group)
-        return loss
+            for params in alike.values():
+                found += [(group, params)] if group["foreach"] else [(group, [p]) for p in params]
+        return found
 
     def _move(self, params: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
-        low = params[0].dtype in _LOW
-        moved = params
-        if params[0].is_complex():
-            moved = [torch.view_as_real(p) for p in params]
-            grads = [torch.view_as_real(g.resolve_conj().resolve_neg()) for g in grads]
-        elif low:
-            moved, grads = [p.float() for p in params], [g.float() for g in grads]
         states = [self.state[p] for p in params]
-        for p, state in zip(moved, states, strict=True):
-            if not state:
-                state.update(self.init_state(p, group))
-            state["step"] = step
-        self.update(moved, grads, {name: [s[name] for s in states] for name in states[0] if name != "step"}, step, group)
-        if low:
-            torch._foreach_copy_(params, moved)
+        with widened(params) as (moved, grads):
+            for p, state in zip(moved, states, strict=True):
+                if not state:
+                    state.update(self.init_state(p, group))
+                state["step"] = step
+            self.update(moved, grads, {name: [s[name] for s in states] for name in states[0] if name != "step"}, step, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken, bit for bit.
@@ -134,6 +134,29 @@ class Optimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     exact = value if name == "step" else state_dict["state"][key][name].to(p.device)
                     self.state[p][name] = exact.clone()
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The closure's loss, evaluated with gradients on; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+@contextlib.contextmanager
+def widened(params: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Parameters and gradients as methods see them: complex ones as pairs of real numbers, bf16 and fp16 ones as float32
+    copies whose values are rounded back at the end."""
+    grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+    if params[0].is_complex():
+        yield [torch.view_as_real(p) for p in params], [torch.view_as_real(g.resolve_conj().resolve_neg()) for g in grads]
+    elif params[0].dtype in _LOW:
+        moved = [p.float() for p in params]
+        yield moved, [g.float() for g in grads]
+        torch._foreach_copy_(params, moved)
+    else:
+        yield params, grads
 
 
 class Schedule(LRScheduler):
@@ -158,4 +181,4 @@ def check_numbers(group: Mapping[str, Any], **ranges: tuple[float, float]) -> No
                 raise ValueError(f"{name} must be {wanted}, got {group[name]}")
 
 
-__all__ = ["Optimizer", "Schedule", "check_numbers"]
+__all__ = ["Optimizer", "Schedule", "check_numbers", "evaluated", "widened"]

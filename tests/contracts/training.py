@@ -80,13 +80,16 @@ def check_resuming(cls: type) -> None:
 
 
 def check_missing_gradients(cls: type) -> None:
-    """A parameter without a gradient stays, decay or not, and has its own clock: as if it had been stepped alone."""
+    """A parameter without a gradient stays, decay or not; of a separable method it has its own clock: as if it had been
+    stepped alone."""
     params = weights()
     optimizer = cls(params, lr=0.05)
     before = params[1].detach().clone()
     for step in range(3):
         take_steps(optimizer, range(2 * step + 1, 2 * step + 2))
     same(params[1].detach(), before, "a parameter without gradients")
+    if not cls.capabilities["separable"]:
+        return
     take_steps(optimizer, range(10, 13), skip=False)
     alone = nn.Parameter(before.clone())
     lonely = cls([alone], lr=0.05)
@@ -97,7 +100,16 @@ def check_missing_gradients(cls: type) -> None:
 
 
 def check_groups(cls: type) -> None:
-    """Two groups are two optimizers."""
+    """Two groups of a separable method are two optimizers; otherwise each group still goes by its own ``lr``."""
+    if not cls.capabilities["separable"]:
+        for rates in ((0.05, 0.0), (0.05, 0.001)):
+            params = weights()
+            before = [p.detach().clone() for p in params]
+            take_steps(cls([{"params": params[:2]}, {"params": params[2:], "lr": rates[1]}], lr=rates[0]), range(6), skip=False)
+            moves = [(p.detach() - b).norm().item() for p, b in zip(params, before, strict=True)]
+            assert moves[0] > 0
+            assert moves[3] < moves[0] / 10 if rates[1] else moves[3] == 0, f"moves of {moves} at rates {rates}"
+        return
     params, twins = weights(), weights()
     optimizer = cls([{"params": params[:2], "lr": 0.01}, {"params": params[2:]}], lr=0.05)
     parts = [cls(twins[:2], lr=0.01), cls(twins[2:], lr=0.05)]
@@ -171,7 +183,7 @@ def check_descent(cls: type) -> None:
     """It minimises a quadratic bowl, whatever the layout of the gradient (stride 0 too), and leaves the gradient as it is."""
     target = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    optimizer = cls([p], lr=0.02)
+    optimizer = cls([p], lr=0.02 if cls.learning_rates is None else math.sqrt(math.prod(cls.learning_rates)))
     start = (p - target).square().sum().item()
     for _ in range(300):
         p.grad = 2 * (p.detach() - target)
