@@ -16,7 +16,7 @@ from gatework.bench.record import digest
 from gatework.bench.settings import choice, count, interval, model_table, parse, settings_text, study_name, variant_table
 from gatework.core.errors import GateworkError
 from gatework.core.expression import Spec, parse_pattern, parse_value
-from gatework.core.registry import check, suggest
+from gatework.core.registry import check, lookup, suggest
 
 Match = Literal["params", "flops", "seconds", "none"]
 MATCHES: tuple[str, ...] = typing.get_args(Match)
@@ -83,7 +83,8 @@ class Variant:
         name: as in the study.
         model: arguments of the backbone that are not the task's.
         optim, schedule, learner: part expressions.
-        learning_rates: the range that is searched, (low, high).
+        learning_rates: the range that is searched, (low, high): its own, that of its optimizer where ``lr`` is a
+            multiplier there, or the study's.
     """
 
     name: str
@@ -229,10 +230,14 @@ def resolve(study: Study) -> Study:
 
 
 def _resolve(study: Study, backbone: str, name: str, text: str) -> Variant:
-    given = parse(study.baseline) | parse(text)
+    base, own = parse(study.baseline), parse(text)
+    units = [_multiplier(settings.get("optim", TRAINING["optim"])) for settings in (base, base | own)]
+    if units[0] != units[1]:
+        base.pop("learning_rates", None)  # A range of rates makes no sense for a multiplier, nor the other way round.
+    given = base | own
     shared = {key: value for key, value in study.model.items() if key not in given}
     model, training = {}, dict(TRAINING)
-    rates = study.learning_rates
+    rates = units[1] or study.learning_rates
     hints = model_arguments(backbone)
     for key, value in (shared | given).items():
         if key == "learning_rates":
@@ -246,6 +251,12 @@ def _resolve(study: Study, backbone: str, name: str, text: str) -> Variant:
             where = "the model" if key in shared else f"variant {name!r}" if name != "baseline" else "the baseline"
             raise GateworkError(f"{where} has no setting {key!r}; {suggest(key, known)}")
     return Variant(name, model, training["optim"], training["schedule"], training["learner"], rates)
+
+
+def _multiplier(optim: str) -> tuple[float, float] | None:
+    """The range to search for an optimizer whose ``lr`` is a multiplier; None for a learning rate."""
+    rates: tuple[float, float] | None = getattr(lookup(check(optim, "optim").name, "optim").cls, "learning_rates", None)
+    return rates
 
 
 def model_arguments(backbone: str) -> dict[str, Any]:

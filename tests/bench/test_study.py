@@ -50,6 +50,20 @@ def test_a_variant_changes_the_baseline_and_nothing_else(data):
     assert (a.learning_rates, b.learning_rates) == (base.learning_rates, (1e-4, 1e-3))
 
 
+def test_a_multiplier_has_a_range_of_its_own():
+    variants = {"d": "optim=dadapt_adam", "one": "optim=dadapt_adam, learning_rates=1, 1", "wide": "layers=4"}
+    study = define({"task": "digits", "learning_rates": [1e-3, 1e-2], "variants": variants})
+    rates = {name: variant.learning_rates for name, variant in study.resolved.items()}
+    assert rates == {"baseline": (1e-3, 1e-2), "d": (0.5, 2.0), "one": (1.0, 1.0), "wide": (1e-3, 1e-2)}
+    # A range that the baseline gives goes to the variants whose optimizer has rates of the same kind.
+    baseline = "optim=dadapt_adam, learning_rates=0.9, 1.1"
+    study = define({"task": "digits", "baseline": baseline, "variants": {"a": "optim=adamw", "wide": "layers=4"}})
+    rates = {name: variant.learning_rates for name, variant in study.resolved.items()}
+    assert rates == {"baseline": (0.9, 1.1), "a": (5e-4, 2e-2), "wide": (0.9, 1.1)}
+    study = define({"task": "digits", "baseline": "learning_rates=1e-3, 2e-3", "variants": {"d": "optim=dadapt_adam"}})
+    assert study.resolved["d"].learning_rates == (0.5, 2.0)
+
+
 def test_patterns_and_numbers(data):
     study = small(data, variants={"a": "mixer=attention(window=8), attention, layers=4, tie_embeddings=false, d_ff=64"})
     model = study.resolved["a"].model
