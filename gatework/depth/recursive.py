@@ -17,9 +17,9 @@ What W'_j starts as, given L layers with weights W_0 ... W_{L-1}:
 What the updates start as: ``svd``, the best approximation of rank ``rank`` to W_i - W'_j = U S V^T (A_i = V_r^T, B_i = U_r S_r), or
 ``zero`` (B_i = 0, A_i as in ``nn.Linear``).
 
-Differences: the paper adapts pretrained models only, by SVD. A model built from scratch starts here with ``stepwise`` and ``zero``:
-differences of random matrices have no low-rank structure, and their average is too small by sqrt(R). The paper's depth-wise batching
-is a scheduler, not a depth policy.
+Differences: the paper adapts pretrained models only, by SVD. A model built from scratch starts here with ``stepwise`` and
+``zero``: differences of random matrices have no low-rank structure, and their average is too small by sqrt(R). The paper's
+depth-wise batching is a scheduler, not a depth policy.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def sources(layers: int, loops: int, init: Init = "stepwise") -> list[list[int]]
 def svd_lora_init(delta: Float[Tensor, "out in"], rank: int) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
     """A and B whose product B A is the nearest matrix of at most this rank; all singular values go to B.
 
-    The squared Frobenius error is the sum of the squared singular values that are left out. Computed in float32 at least; the factors
-    have the dtype of ``delta``, and ``rank`` is cut to its smaller side.
+    The squared Frobenius error is the sum of the squared singular values that are left out. Computed in float32 at least; the
+    factors have the dtype of ``delta``, and ``rank`` is cut to its smaller side.
     """
     exact = delta.to(torch.promote_types(delta.dtype, torch.float32))
     u, s, vh = torch.linalg.svd(exact, full_matrices=False)
@@ -87,6 +87,11 @@ def svd_lora_init(delta: Float[Tensor, "out in"], rank: int) -> tuple[Float[Tens
 
 class LoRALinear(nn.Module):
     """A linear with a low-rank update: ``y = x (W + B A)^T + b``.
+
+    It takes the cheaper way. For few tokens the update runs beside the linear, ``2 rank (in + out)`` FLOPs per token; for many
+    (more than ``in out / (in + out)``) ``W + B A`` is formed once, ``2 rank in out``, and kept for the backward pass. In half
+    precision, which would round the update away in the sum, and with a frozen W, whose gradient the sum would need, it always
+    runs beside.
 
     Args:
         base: the linear that holds (or borrows) W and b.
@@ -98,16 +103,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
-
-    @property
-    def in_features(self) -> int:
-        """Inputs."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Outputs."""
-        return self.base.out_features
+        self.in_features, self.out_features = base.in_features, base.out_features
 
     @property
     def weight(self) -> Tensor:
@@ -125,8 +121,16 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
         """Apply the linear and its update."""
+        if self._sums(x):
+            return F.linear(x, self.weight, self.bias)
         y: Tensor = self.base(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
         return y
+
+    def _sums(self, x: Tensor) -> bool:
+        sizes, tokens = (self.in_features, self.out_features), x.numel() // self.in_features
+        if tokens * sum(sizes) <= sizes[0] * sizes[1] or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+            return False
+        return isinstance(self.base, nn.Linear) and (self.base.weight.requires_grad or not torch.is_grad_enabled())
 
 
 class _Borrower:
@@ -143,7 +147,7 @@ class _Borrower:
 
 
 def _unfilled(cls: type, names: tuple[str, ...]) -> Any:
-    made = _borrowing(cls, names)
+    made: Any = _borrowing(cls, names)
     return made.__new__(made)
 
 
@@ -159,13 +163,14 @@ def _borrowing(cls: type, names: tuple[str, ...]) -> type:
 def _borrow(module: nn.Module, owner: nn.Module, names: Sequence[str]) -> None:
     """Make the parameters ``names`` of ``module`` those of ``owner``, which alone registers them.
 
-    So each is in ``parameters()`` and in the ``state_dict`` once, under its owner's name, and whoever replaces it there (a checkpoint
-    loaded into an empty model) has replaced it everywhere.
+    So each is in ``parameters()`` and in the ``state_dict`` once, under its owner's name, and whoever replaces it there (a
+    checkpoint loaded into an empty model) has replaced it everywhere.
     """
     for name in names:
         del module._parameters[name]
-    module._owner = (owner,)  # type: ignore[assignment]  # In a tuple, or it would be registered as a child.
-    module.__class__ = _borrowing(type(module), tuple(names))
+    cls: Any = type(module)
+    module.__class__ = _borrowing(cls, tuple(names))
+    vars(module)["_owner"] = (owner,)  # In a tuple, which does not register it as a child.
 
 
 def share(
@@ -195,8 +200,8 @@ def share(
     for j in range(unique):
         for i in {*range(j, len(layers), unique), *chosen[j]} - {j}:
             if difference := _difference(layers[j], layers[i]):
-                raise PartError(f"layers {j} and {i} cannot share weights, they differ in {difference}: a pattern repeats in each loop")
-    if rank and not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):
+                raise PartError(f"layers {j} and {i} cannot share, they differ in {difference}: a pattern repeats in each loop")
+    if rank and not any(_linears(layer) for layer in layers):
         raise PartError("there is no nn.Linear in the layers for a low-rank update: give rank=0 to share them as they are")
 
     with torch.no_grad():
@@ -272,20 +277,22 @@ class Recursive(Stack):
     Args:
         blocks: L layers; ``L / loops`` keep weights, the others run with theirs. A pattern of parts repeats in each loop.
         loops: how often the unique layers are run; 1 is the plain stack.
-        rank: rank of the update that each virtual layer has on each of its ``nn.Linear`` (cut to the linear's smaller side); 0 shares
-            strictly.
-        init: what the unique layers start from, of the L layers given: ``stepwise`` evenly spaced ones, the first and the last among
-            them; ``average`` the mean of those that share; ``lower`` the first; ``upper`` the last; ``random`` a random choice.
-        lora: ``zero`` starts every update at 0; ``svd`` at the best approximation of what the layer's own weight differs by from the
-            shared one, for layers that are trained already.
+        rank: rank of the update that each virtual layer has on each of its ``nn.Linear`` (at most the linear's smaller side); 0
+            shares strictly.
+        init: what the unique layers start from, of the L layers given: ``stepwise`` evenly spaced ones, the first and the last
+            among them; ``average`` the mean of those that share; ``lower`` the first; ``upper`` the last; ``random`` a random
+            choice.
+        lora: ``zero`` starts every update at 0; ``svd`` at the best approximation of what the layer's own weight differs by from
+            the shared one, for layers that are trained already.
         share_norms: share vectors too (norm gains, biases); False leaves each virtual layer its own.
 
-    The blocks stay L modules with settings, buffers (statistics, schedules) and side outputs of their own: a loss of a block that runs
-    ``loops`` times counts in each. What a weight is that no ``nn.Linear`` holds (stacked experts, convolutions), is shared without an
-    update. Each parameter is registered once: those of the unique layers in the first ``L / loops`` blocks.
+    The blocks stay L modules, with settings, buffers (statistics, schedules) and side outputs of their own: the losses of all
+    loops add up. A weight that no ``nn.Linear`` holds (stacked experts, convolutions) is shared without an update. Each parameter
+    is registered once, the shared ones in the first ``L / loops`` blocks.
 
-    Parameters: those of the unique layers, and ``rank * (in + out)`` per linear and virtual layer. Time and FLOPs are those of L layers
-    and the updates: ``2 rank (in + out)`` per linear and token. Weight decay on A and B pulls the virtual layers together.
+    Parameters: those of the unique layers, and ``rank * (in + out)`` per linear and virtual layer. FLOPs: those of L layers, and
+    at most ``2 rank (in + out)`` per linear and token. Weight decay on A and B pulls the virtual layers together. FSDP has to
+    wrap the policy as one unit, since blocks read each other's weights.
 
     Initialisation: the blocks' own, of those that ``init`` picks; updates start at 0 (B 0, A uniform within ``1 / sqrt(in)``).
     ``average`` of untrained blocks is too small by ``sqrt(loops)``.
@@ -295,7 +302,8 @@ class Recursive(Stack):
     Source: arXiv 2410.20672.
 
     Raises:
-        PartError: a number of blocks that ``loops`` does not divide, a negative rank, blocks one cycle apart of different structure.
+        PartError: a number of blocks that ``loops`` does not divide, a negative rank, an unknown name, blocks one cycle apart of
+            different structure.
     """
 
     def __init__(
