@@ -1,0 +1,117 @@
+"""``depth`` and ``gateskip``: a depth policy runs a pretrained model's layers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from gatework.core import registry
+from gatework.core.errors import PartError
+from gatework.depth.base import BlockPolicy
+from gatework.depth.gateskip import GateSkip
+from gatework.surgery.adapters import PretrainedBlock, Runner, adapt
+from gatework.surgery.conversion import Conversion, convert, converter
+from gatework.surgery.layout import describe
+
+
+def depth(model: nn.Module, policy: str) -> Conversion:
+    """Let a depth policy run a pretrained model's layers, in place.
+
+    The layers become blocks that hold the same modules; the policy's own parameters start as the part does.
+
+    Args:
+        model: a Hugging Face model of a pre-norm layout that :func:`~gatework.surgery.describe` knows, with the attention
+            implementation sdpa or eager.
+        policy: part expression of a depth policy, as ``"gateskip(budget=0.5)"``.
+
+    Raises:
+        PartError: for an unknown policy or argument, or a model whose layers it cannot run.
+    """
+    return convert(model, "depth", {"policy": policy})
+
+
+@converter("depth", new=("*.0.policy.*",))
+def _depth(model: nn.Module, conversion: Conversion, initialise: bool, policy: str) -> None:
+    layout = describe(model)
+    blocks = adapt(model, layout)
+    built = registry.build(policy, "depth", blocks=nn.ModuleList(blocks), d_model=layout.width, n_layers=len(blocks))
+    if not isinstance(built, BlockPolicy):
+        raise PartError(f"{policy} does not run a list of blocks")
+    install(model, conversion, built)
+
+
+def gateskip(
+    model: nn.Module,
+    budget: float = 0.75,
+    gate_form: Literal["vector", "scalar", "mlp"] = "scalar",
+    shared: bool = False,
+    lam_s: float = 0.01,
+    lam_e: float = 0.01,
+    sparsity: Literal["l2", "l1", "kl"] = "l2",
+    warmup: float = 0.5,
+) -> Conversion:
+    """Put skip gates on every residual branch of a pretrained decoder, in place (:class:`gatework.depth.GateSkip`).
+
+    The start preserves the model's function. The method starts with gates of sigmoid(5) = 0.993, which over 60 branches is not
+    nothing, and with random gate weights. Here the gates' weights start at 0 and each branch is scaled by 1 / sigmoid(5), so that
+    gate times branch is the branch, up to rounding. All tokens are then equally important and none is skipped, until training
+    tells them apart and moves the skipped share from 0 to ``1 - budget``.
+
+    Args:
+        model: a Hugging Face model of a pre-norm layout, with the attention implementation sdpa or eager.
+        budget: share of its tokens that each branch computes once trained; ``conversion.part.set_budget`` changes it at any time.
+        gate_form: ``scalar`` by default, a multiply-add per channel and token. A ``vector`` gate, the paper's, costs d_model times
+            as much: in SmolLM2-135M a fifth of the layers' own work, most of what a budget of 0.75 saves.
+        shared, lam_s, lam_e, sparsity, warmup: as :class:`~gatework.depth.GateSkip` takes them.
+
+    Keys and values of skipped tokens are computed, so the model's cache stays complete and ``generate`` works as before.
+
+    Raises:
+        PartError: for a model whose layers a depth policy cannot run (BERT, whose norms follow the sum).
+        ValueError: for settings that GateSkip refuses.
+    """
+    return convert(model, "gateskip", {
+        "budget": budget, "gate_form": gate_form, "shared": shared, "lam_s": lam_s, "lam_e": lam_e, "sparsity": sparsity,
+        "warmup": warmup,
+    })
+
+
+@converter("gateskip", new=("*.0.policy.gates.*",))
+def _gateskip(model: nn.Module, conversion: Conversion, initialise: bool, **arguments: Any) -> None:
+    layout = describe(model)
+    blocks = adapt(model, layout)
+    policy = GateSkip(nn.ModuleList(blocks), layout.width, **arguments)
+    start = 1.0
+    for name, parameter in policy.gates.named_parameters():
+        if name.endswith("out.weight"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("out.bias"):
+            start = float(parameter.detach().double()[0].sigmoid())
+    for block in blocks:
+        block.mixer.scale = block.feedforward.scale = 1 / start
+    install(model, conversion, policy)
+
+
+def install(model: nn.Module, conversion: Conversion, policy: BlockPolicy) -> None:
+    """Put ``policy``, built over :func:`~gatework.surgery.adapters.adapt`'s blocks, in the place of the model's layers."""
+    layout = describe(model)
+    layers: Any = model.get_submodule(layout.blocks_path)
+    weight = next(layers.parameters())
+    own = {id(module) for block in policy.blocks for module in block.modules()}
+    for module in policy.modules():
+        if id(module) in own or isinstance(module, PretrainedBlock):
+            continue
+        for tensor in module.parameters(recurse=False):
+            tensor.data = tensor.data.to(weight.device, weight.dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(weight.device)
+    policy.train(model.training)
+    conversion.part = policy
+    first, last = layout.blocks[0].path, layout.blocks[-1].path.rpartition(".")[2]
+    added = sum(p.numel() for name, p in policy.named_parameters() if not name.startswith("blocks."))
+    conversion.replaced.append(f"{len(layers)} layers ({first} .. {last}) by {type(policy).__name__}")
+    conversion.replaced.append(f"over {len(policy.blocks)} blocks, {added:,} parameters of its own")
+    conversion.swap(layout.blocks_path, nn.ModuleList([Runner(policy, layers[0])]))
+
+
