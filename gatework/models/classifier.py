@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gatework.core.errors import PartError
 from gatework.core.registry import build, build_pattern
 from gatework.depth.base import Block
+from gatework.weights import apply
 
 
 class Classifier(nn.Module):
@@ -34,6 +35,7 @@ class Classifier(nn.Module):
         heads, d_ff, mixer, feedforward, depth: as in :class:`gatework.models.Decoder` (``vit``; ``feedforward`` also
         ``mlp``). The mixer need not be causal.
         patch: side of a patch in the ``vit``.
+        weight: where the blocks' matrices come from, all of them (``ternary``); None are plain parameters.
 
     Raises:
         PartError: for a setting that the backbone has no place for, or sizes that do not fit.
@@ -57,6 +59,7 @@ class Classifier(nn.Module):
         feedforward: Any = None,
         depth: Any = None,
         patch: int = 2,
+        weight: Any = None,
     ) -> None:
         super().__init__()
         if backbone not in ("mlp", "convnet", "vit"):
@@ -82,6 +85,8 @@ class Classifier(nn.Module):
         else:
             self._vit(patch, mixer or "attention(causal=false)", feedforward or "glu", depth or "stack", layers, context)
         self.head = nn.Linear(d_model, classes)
+        if weight is not None:
+            apply(self.blocks, "*", weight)
 
     def _mlp(self, d_model: int, layers: int, activation: Any, feedforward: Any, context: dict[str, Any]) -> list[nn.Module]:
         width = 1

@@ -12,6 +12,7 @@ from gatework.core.contracts import State, capability
 from gatework.core.errors import PartError
 from gatework.core.registry import build, build_pattern
 from gatework.depth.base import Block
+from gatework.weights import apply
 
 
 class Decoder(nn.Module):
@@ -30,6 +31,7 @@ class Decoder(nn.Module):
         mixer: sequence mixer(s), all causal.
         feedforward: feed-forward(s).
         depth: depth policy.
+        weight: where the blocks' matrices come from, all of them (``ternary``); None are plain parameters.
         tie_embeddings: the head shares the embedding's weight.
 
     Initialisation: the embedding is normal with standard deviation ``d_model**-0.5`` (so that a narrow model's first
@@ -55,6 +57,7 @@ class Decoder(nn.Module):
         feedforward: Any = "glu",
         depth: Any = "stack",
         tie_embeddings: bool = True,
+        weight: Any = None,
     ) -> None:
         super().__init__()
         for name, value in {"vocab_size": vocab_size, "d_model": d_model, "layers": layers, "heads": heads}.items():
@@ -79,6 +82,8 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
         else:
             nn.init.normal_(self.head.weight, std=d_model**-0.5)
+        if weight is not None:
+            apply(self.blocks, "*", weight)
 
     @property
     def blocks(self) -> nn.ModuleList:
