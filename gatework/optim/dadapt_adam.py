@@ -66,7 +66,7 @@ class DAdaptAdam(Optimizer):
         ValueError: for hyper-parameters outside their range, and for groups that differ in what they share.
     """
 
-    capabilities = Optimizer.capabilities | {"separable": No("all parameters share one estimate of the step size")}
+    capabilities = {**Optimizer.capabilities, "separable": No("all parameters share one estimate of the step size")}
     learning_rates = (0.5, 2.0)
 
     def __init__(
