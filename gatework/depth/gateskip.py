@@ -153,9 +153,10 @@ class GateSkip(BlockPolicy):
             nn.ModuleDict({branch: _BranchGate(d_model, gate_form) for branch in BRANCHES}) for _ in range(1 if shared else layers)
         )
         self._calibrating = False
-        self.register_buffer("budgets", torch.ones(layers, 2))
-        self.register_buffer("progress", torch.tensor(0.0 if warmup else 1.0))
-        self.register_buffer("quantiles", torch.full((layers, 2, QUANTILES), -torch.inf))
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)  # As `_apply` keeps them.
+        self.register_buffer("budgets", torch.ones(layers, 2, dtype=exact))
+        self.register_buffer("progress", torch.tensor(0.0 if warmup else 1.0, dtype=exact))
+        self.register_buffer("quantiles", torch.full((layers, 2, QUANTILES), -torch.inf, dtype=exact))
         self.register_buffer("passes", torch.tensor(0))
         self.set_budget(budget)
 

@@ -102,7 +102,7 @@ class KVCache(State):
             self.end = need
         else:
             if self.end + new > self.keys.shape[2]:
-                self._make_room(need)
+                self.make_room(max(16, need, 2 * (need if self.window is None else min(need, self.window))))
             self.keys[:, :, self.end : self.end + new] = keys
             self.values[:, :, self.end : self.end + new] = values
             self.end += new
@@ -124,19 +124,32 @@ class KVCache(State):
         if self.window is not None:
             order = order[:, -self.window :]
         index = order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-        self.keys = torch.cat([past_keys, keys.to(self.keys.dtype)], dim=2).gather(2, index)
-        self.values = torch.cat([past_values, values.to(self.values.dtype)], dim=2).gather(2, index)
+        keys = torch.cat([past_keys, keys.to(self.keys.dtype)], dim=2).gather(2, index)
+        values = torch.cat([past_values, values.to(self.values.dtype)], dim=2).gather(2, index)
         self.length = self.end = order.shape[1]
+        if torch.is_grad_enabled() or self.length > self.keys.shape[2]:
+            self.keys, self.values = keys, values
+        else:
+            self.keys[:, :, : self.length], self.values[:, :, : self.length] = keys, values
         real = mask.sum(1)
         self.real = real + (self.fed if self.real is None else self.real)
         self.fed += mask.shape[1]
 
-    def _make_room(self, need: int) -> None:
-        room = max(16, need, 2 * (need if self.window is None else min(need, self.window)))
+    def remove(self, tokens: int) -> None:
+        """Take back the last ``tokens`` tokens, all of them real; a window may have dropped what they replaced."""
+        if self.window is not None or tokens > self.length:
+            raise ValueError(f"{tokens} tokens cannot be taken back from {self.length} with window {self.window}")
+        self.length, self.end, self.fed = self.length - tokens, self.end - tokens, self.fed - tokens
+        if self.real is not None:
+            self.real = self.real - tokens
+
+    def make_room(self, slots: int) -> None:
+        """Have room for ``slots`` entries (at least those in use), so that appending up to there copies nothing."""
+        slots = max(slots, self.length)
         past_keys, past_values = self.used()
         batch, heads, _, width = self.keys.shape
-        self.keys = self.keys.new_empty(batch, heads, room, width)
-        self.values = self.values.new_empty(batch, heads, room, width)
+        self.keys = self.keys.new_empty(batch, heads, slots, width)
+        self.values = self.values.new_empty(batch, heads, slots, width)
         self.keys[:, :, : self.length] = past_keys
         self.values[:, :, : self.length] = past_values
         self.end = self.length
