@@ -39,6 +39,7 @@ class No:
         return f"no: {self.reason}"
 
 
+#: What a part may say of itself, by name, with its meaning.
 CAPABILITIES: dict[str, str] = {
     "causal": "position t never sees a later position",
     "decodes": "with a state, fed whole, in pieces or token by token, it gives the same outputs",

@@ -14,6 +14,7 @@ from gatework.core.registry import _describe as describe
 from gatework.core.registry import _fits as fits
 from gatework.core.registry import parameters, suggest
 
+#: The tasks by name.
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Digits, MNIST1D, Recall)}
 
 

@@ -10,8 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+#: Inputs and targets.
 Batch = tuple[Tensor, Tensor]
+#: From a batch's inputs to the model's output.
 Predict = Callable[[Tensor], Tensor]
+#: What a model is evaluated on: ``validation`` or ``test``.
 Split = Literal["validation", "test"]
 
 
