@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gatework.core.contracts import DepthPolicy, DepthState, FeedForward, SequenceMixer, State
 
@@ -59,7 +60,14 @@ class Block(nn.Module):
 
 
 class BlockPolicy(DepthPolicy):
-    """A depth policy over :class:`Block` layers whose decoding state is the list of the mixers' states."""
+    """A depth policy over :class:`Block` layers whose decoding state is the list of the mixers' states.
+
+    With ``gradient_checkpointing`` set, training keeps of each block its input only and recomputes the rest in the backward pass.
+    """
+
+    #: Whether to, and how; both under the names that ``transformers`` sets.
+    gradient_checkpointing: bool = False
+    _gradient_checkpointing_func: Callable[..., Any] | None = None
 
     def __init__(self, blocks: list[Block] | nn.ModuleList) -> None:
         super().__init__()
@@ -71,6 +79,14 @@ class BlockPolicy(DepthPolicy):
     def mixers(self) -> list[SequenceMixer]:
         """The blocks' sequence mixers, first to last."""
         return [cast(Block, block).mixer for block in self.blocks]
+
+    def run(self, layer: Callable[..., Any], x: Tensor, state: State | None, *rest: Any) -> Any:
+        """``layer(x, state, *rest)``, checkpointed if asked for; a layer leaves nothing behind but what it returns."""
+        if not (self.gradient_checkpointing and self.training and state is None and torch.is_grad_enabled()):
+            return layer(x, state, *rest)
+        if self._gradient_checkpointing_func is None:
+            return checkpoint(layer, x, state, *rest, use_reentrant=False)
+        return self._gradient_checkpointing_func(layer, x, state, *rest)
 
     def block_states(self, state: State | None) -> Sequence[State | None]:
         """The state of each block, None without a state; refuses states that are not of this stack's :meth:`init_state`."""

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -80,6 +81,12 @@ class _Pass:
         self.kept: list[Tensor] = []
         self.gates: list[Tensor] = []
         self.tokens = 0
+
+    def extend(self, more: _Pass) -> None:
+        """Add what another part of the pass has collected."""
+        for name in ("sparsity", "entropy", "tables", "kept", "gates"):
+            getattr(self, name).extend(getattr(more, name))
+        self.tokens = max(self.tokens, more.tokens)
 
 
 @register("gateskip", paper="gateskip")
@@ -226,19 +233,27 @@ class GateSkip(BlockPolicy):
         else:
             limits = self.thresholds()
         said = _Pass()
-        blocks: Any = self.blocks
-        for layer, (block, block_state, limit) in enumerate(zip(blocks, states, limits.tolist(), strict=True)):
-            gates: Any = self.gates[layer % len(self.gates)]
-            targets = self.budgets[layer]
-            u = block.mixer_norm(x)
-            g, keep = self._gate(gates["mixer"], u, mask, limit[0], targets[0], by_quantile, said)
-            x = _mix(block, x, u, g, keep, block_state, mask, segments)
-            norm = block.feedforward_norm
-            u = F.rms_norm(x, x.shape[-1:], eps=1e-6) if norm is None else norm(x)
-            g, keep = self._gate(gates["feedforward"], u, mask, limit[1], targets[1], by_quantile, said)
-            x = _transform(block, x, u, g, keep, mask)
+        for layer, (block_state, limit) in enumerate(zip(states, limits.tolist(), strict=True)):
+            x, more = self.run(partial(self._layer, layer, limit, by_quantile), x, block_state, mask, segments)
+            said.extend(more)
         self._report(said, by_quantile)
         return x
+
+    def _layer(
+        self, layer: int, limit: list[float], by_quantile: bool, x: Tensor, state: Any, mask: Tensor | None, segments: Tensor | None
+    ) -> tuple[Tensor, _Pass]:
+        """The stream after a block, and what its branches have to say."""
+        said = _Pass()
+        block: Any = self.blocks[layer]
+        gates: Any = self.gates[layer % len(self.gates)]
+        targets = self.budgets[layer]
+        u = block.mixer_norm(x)
+        g, keep = self._gate(gates["mixer"], u, mask, limit[0], targets[0], by_quantile, said)
+        x = _mix(block, x, u, g, keep, state, mask, segments)
+        norm = block.feedforward_norm
+        u = F.rms_norm(x, x.shape[-1:], eps=1e-6) if norm is None else norm(x)
+        g, keep = self._gate(gates["feedforward"], u, mask, limit[1], targets[1], by_quantile, said)
+        return _transform(block, x, u, g, keep, mask), said
 
     def _gate(
         self, gate: _BranchGate, u: Tensor, mask: Tensor | None, limit: float, budget: Tensor, by_quantile: bool, said: _Pass

@@ -29,5 +29,5 @@ class Stack(BlockPolicy):
     ) -> Float[Tensor, "B T D"]:
         """Run the residual stream through all blocks."""
         for block, block_state in zip(self.blocks, self.block_states(state), strict=True):
-            x = block(x, state=block_state, mask=mask, segments=segments)
+            x = self.run(block, x, block_state, mask, segments)
         return x
