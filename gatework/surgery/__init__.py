@@ -1,12 +1,14 @@
 """The parts put into an existing pretrained model.
 
-``describe(model)`` says what surgery found; each conversion (``gateskip``, ``depth``) is one call in place that returns a
-:class:`Conversion`; ``save`` and ``load`` keep a converted model.
+``describe(model)`` says what surgery found; each conversion (``gateskip``, ``depth``, ``ternary``, ``pack``) is one call in place
+that returns a :class:`Conversion`; ``save`` and ``load`` keep a converted model; ``distill`` trains it towards the original.
 """
 
 from gatework.surgery.checkpoint import load, save
 from gatework.surgery.conversion import Conversion
 from gatework.surgery.depth import depth, gateskip
+from gatework.surgery.distill import distill
 from gatework.surgery.layout import Layout, describe
+from gatework.surgery.ternary import pack, ternary
 
-__all__ = ["Conversion", "Layout", "depth", "describe", "gateskip", "load", "save"]
+__all__ = ["Conversion", "Layout", "depth", "describe", "distill", "gateskip", "load", "pack", "save", "ternary"]

@@ -234,7 +234,7 @@ class FusedAttention(PretrainedAttention):
 
     def _part(self, x: Tensor, part: slice) -> Tensor:
         maps = self.attention.c_attn
-        if "weight" not in dir(maps):  # Packed, or wrapped by an adapter: no columns to choose from.
+        if not type(maps).__name__.endswith("Conv1D"):  # Wrapped, by a LoRA say: it cannot be asked for some columns.
             return maps(x)[..., part]
         return F.linear(x, maps.weight[:, part].T, maps.bias[part])
 

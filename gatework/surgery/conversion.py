@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from gatework.core.cost import count_parameters
 from gatework.core.errors import GateworkError, PartError
-
+from gatework.weights import stored_bytes
 
 #: How a conversion is done: ``convert(model, conversion, initialise, **arguments)`` changes the model through
 #: :meth:`Conversion.swap` alone; without ``initialise`` only the structure matters, because the values are loaded next.
@@ -66,6 +66,13 @@ class Conversion:
         """Put ``module`` at a path of the model and remember what was there."""
         self._originals.append((path, self.model.get_submodule(path)))
         _set(self.model, path, module)
+
+    def keep(self, paths: Collection[str]) -> None:
+        """Of all modules swapped so far, let only those at ``paths`` stay."""
+        for path, module in reversed(self._originals):
+            if path not in paths:
+                _set(self.model, path, module)
+        self._originals = [(path, module) for path, module in self._originals if path in paths]
 
     def undo(self) -> None:
         """Take the conversion back: every module that it replaced returns as it was, with its own tensors.
@@ -137,12 +144,6 @@ def records(model: nn.Module) -> list[dict[str, Any]]:
         model.gatework_conversions = []  # type: ignore[assignment]
     done: list[dict[str, Any]] = model.gatework_conversions  # type: ignore[assignment]
     return done
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all distinct parameters and buffers."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -10,6 +10,7 @@ from gatework.core import registry
 from gatework.core.errors import PartError
 from gatework.depth.base import BlockPolicy
 from gatework.depth.gateskip import GateSkip
+from gatework.depth.recursive import Recursive
 from gatework.surgery.adapters import PretrainedBlock, Runner, adapt
 from gatework.surgery.conversion import Conversion, convert, converter
 from gatework.surgery.layout import describe
@@ -26,7 +27,8 @@ def depth(model: nn.Module, policy: str) -> Conversion:
         policy: part expression of a depth policy, as ``"gateskip(budget=0.5)"``.
 
     Raises:
-        PartError: for an unknown policy or argument, or a model whose layers it cannot run.
+        PartError: for an unknown policy or argument, a model whose layers it cannot run, a policy that rewrites weights
+            (``recursive``).
     """
     return convert(model, "depth", {"policy": policy})
 
@@ -35,6 +37,8 @@ def depth(model: nn.Module, policy: str) -> Conversion:
 def _depth(model: nn.Module, conversion: Conversion, initialise: bool, policy: str) -> None:
     layout = describe(model)
     blocks = adapt(model, layout)
+    if issubclass(registry.lookup(registry.check(policy, "depth").name).cls, Recursive):
+        raise PartError("recursive rewrites the layers' weights; surgery.recursive does that to copies")
     built = registry.build(policy, "depth", blocks=nn.ModuleList(blocks), d_model=layout.width, n_layers=len(blocks))
     if not isinstance(built, BlockPolicy):
         raise PartError(f"{policy} does not run a list of blocks")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from gatework.core.cost import count_parameters
 from gatework.core.errors import PartError
@@ -205,8 +206,9 @@ def _block(model: nn.Module, path: str, names: Family, family: str, config: Any)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map: ``nn.Linear``, GPT-2's transposed ``Conv1D``, or a packed one."""
-    return isinstance(module, nn.Linear) or type(module).__name__.endswith(("Conv1D", "Linear"))
+    """Whether a module is a linear map that holds a weight of its own: ``nn.Linear`` or GPT-2's ``Conv1D``, also parametrized."""
+    linear = isinstance(module, nn.Linear) or type(module).__name__.endswith("Conv1D")
+    return linear and ("weight" in module._parameters or is_parametrized(module))
 
 
 def attention_window(attention: Any, config: Any) -> int | None:
