@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Any
 from gatework.models.classifier import Classifier
 from gatework.models.decoder import Decoder
 
-__all__ = ["Classifier", "Decoder", "GateworkConfig", "GateworkForCausalLM"]
+__all__ = ["AdvanceSchedules", "Classifier", "Decoder", "GateworkConfig", "GateworkForCausalLM", "byte_tokenizer"]
 
 if TYPE_CHECKING:
     from gatework.models.huggingface import GateworkConfig, GateworkForCausalLM
+    from gatework.models.training import AdvanceSchedules, byte_tokenizer
+
+#: Where the names are that need transformers.
+_LAZY = {
+    "GateworkConfig": "huggingface", "GateworkForCausalLM": "huggingface",
+    "AdvanceSchedules": "training", "byte_tokenizer": "training",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("GateworkConfig", "GateworkForCausalLM"):
-        return getattr(importlib.import_module("gatework.models.huggingface"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"gatework.models.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'gatework.models' has no attribute {name!r}")
