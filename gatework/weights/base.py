@@ -129,6 +129,11 @@ class _Site:
             parametrize.register_parametrization(self.module, self.attribute, parametrization, unsafe=True)
 
 
+def matrices(shape: torch.Size, stacked: int) -> tuple[int, int, int]:
+    """A weight of this shape as S matrices of R rows of I inputs."""
+    return shape[:stacked].numel(), shape[stacked], shape[stacked + 1 :].numel()
+
+
 def _sites(model: nn.Module) -> list[_Site]:
     """All weights of a model, parametrized ones included."""
     found: dict[tuple[int, str], _Site] = {}
@@ -334,4 +339,4 @@ def _rows(module: nn.Module, rows: Tensor) -> Tensor:
     return out
 
 
-__all__ = ["Packed", "Report", "apply", "fold", "pack", "stored_bytes"]
+__all__ = ["Packed", "Report", "apply", "fold", "matrices", "pack", "stored_bytes"]

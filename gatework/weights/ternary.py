@@ -24,7 +24,7 @@ from gatework.core.contracts import Weight
 from gatework.core.registry import register
 from gatework.ops.estimators import straight_through
 from gatework.ops.packing import pack_trits, unpack_trits
-from gatework.weights.base import Packed
+from gatework.weights.base import Packed, matrices
 
 
 @register("ternary", paper="ternary")
@@ -67,8 +67,8 @@ class Ternary(Weight):
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Trits (S, R, I), in float32 or wider, of S matrices of R rows, and float16 scales (S, 1 or R, 1)."""
-        matrices = weight.detach().reshape(*_layout(weight.shape, self.stacked))
-        wide = matrices.to(torch.promote_types(weight.dtype, torch.float32))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        wide = weight.detach().reshape(matrices(weight.shape, self.stacked)).to(dtype)
         axes = (-2, -1) if self.per == "tensor" else (-1,)
         size = wide.abs()
         if not wide.numel():
@@ -120,7 +120,3 @@ class TernaryPacked(Packed):
     def _weights(self, trits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         return unpack_trits(trits, self.length, dtype) * scale.view(torch.float16).to(dtype)
 
-
-def _layout(shape: torch.Size, stacked: int) -> tuple[int, int, int]:
-    """The weight as S matrices of R rows of I inputs."""
-    return shape[:stacked].numel(), shape[stacked], shape[stacked + 1 :].numel()
