@@ -24,6 +24,7 @@ depth-wise batching is a scheduler, not a depth policy.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -133,7 +134,7 @@ class LoRALinear(nn.Module):
         return isinstance(self.base, nn.Linear) and (self.base.weight.requires_grad or not torch.is_grad_enabled())
 
 
-class _Borrower:
+class Borrower:
     """Mixed into the class of a module that reads some of its parameters from another module, its owner."""
 
     _borrowed: tuple[type, tuple[str, ...]]
@@ -157,7 +158,7 @@ def _borrowing(cls: type, names: tuple[str, ...]) -> type:
         return property(lambda self: getattr(self._owner[0], name))
 
     fields: dict[str, Any] = {name: borrowed(name) for name in names}
-    return type(cls.__name__, (_Borrower, cls), fields | {"__module__": cls.__module__, "_borrowed": (cls, names)})
+    return type(cls.__name__, (Borrower, cls), fields | {"__module__": cls.__module__, "_borrowed": (cls, names)})
 
 
 def _borrow(module: nn.Module, owner: nn.Module, names: Sequence[str]) -> None:
@@ -180,11 +181,12 @@ def share(
     init: Init = "stepwise",
     lora: Literal["svd", "zero"] = "zero",
     share_norms: bool = True,
-) -> None:
-    """Turn ``layers`` into ``loops`` cycles over the same weights, in place.
+) -> list[Any]:
+    """Copies of ``layers`` that are ``loops`` cycles over the same weights.
 
-    Layer ``r m + j`` keeps its modules and buffers, and takes its parameters from layer j. Each ``nn.Linear`` becomes a
-    :class:`LoRALinear`. For ``loops`` 1 nothing changes. Arguments are those of :class:`Recursive`.
+    Copy ``r m + j`` has modules and buffers of its own and takes its parameters from copy j; each ``nn.Linear`` becomes a
+    :class:`LoRALinear`. The layers given are left as they are; for ``loops`` 1 they are returned themselves. Arguments are those of
+    :class:`Recursive`.
 
     Raises:
         PartError: settings that do not fit, layers a cycle apart of different structure, nothing to put an update on.
@@ -195,7 +197,7 @@ def share(
         raise PartError(f"lora must be svd or zero, got {lora!r}")
     chosen = sources(len(layers), loops, init)
     if loops == 1:
-        return
+        return list(layers)
     unique = len(layers) // loops
     for j in range(unique):
         for i in {*range(j, len(layers), unique), *chosen[j]} - {j}:
@@ -204,31 +206,37 @@ def share(
     if rank and not any(_linears(layer) for layer in layers):
         raise PartError("there is no nn.Linear in the layers for a low-rank update: give rank=0 to share them as they are")
 
-    with torch.no_grad():
-        before = [dict(layer.named_parameters()) for layer in layers]
-        shared = [
-            {name: _mean([before[i][name] for i in chosen[j]]) for name, p in before[j].items() if share_norms or p.dim() > 1}
-            for j in range(unique)
-        ]
-        updates = []
-        for i, layer in enumerate(layers):
-            values = shared[i % unique]
-            updates.append({path: _update(w, values[f"{path}.weight"], rank, lora) for path, w in _linears(layer)} if rank else {})
-        for j, values in enumerate(shared):
-            for name, value in values.items():
-                before[j][name].copy_(value)
-    for i, layer in enumerate(layers):
-        if i >= unique:
-            owners, names = dict(layers[i % unique].named_modules()), shared[i % unique]
-            for path, module in list(layer.named_modules()):
-                if borrowed := [name for name in module._parameters if f"{path}.{name}".lstrip(".") in names]:
-                    _borrow(module, owners[path], borrowed)
-    for layer, update in zip(layers, updates, strict=True):
-        for path, (a, b) in update.items():
+    before = [{name: p.detach() for name, p in layer.named_parameters()} for layer in layers]
+    shared = [
+        {name: _mean([before[i][name] for i in chosen[j]]) for name, p in before[j].items() if share_norms or p.dim() > 1}
+        for j in range(unique)
+    ]
+    made = [_copy(layer) for layer in layers]
+    for i, (layer, new) in enumerate(zip(layers, made, strict=True)):
+        values = shared[i % unique]
+        owners = dict(made[i % unique].named_modules())
+        for path, module in new.named_modules():
+            names = {name: f"{path}.{name}".lstrip(".") for name, p in module._parameters.items() if p is not None}
+            for name, full in names.items():
+                value = values[full] if full in values else before[i][full].clone()
+                module._parameters[name] = nn.Parameter(value, layer.get_parameter(full).requires_grad)
+            if i >= unique and (borrowed := [name for name, full in names.items() if full in values]):
+                _borrow(module, owners[path], borrowed)
+    # After the loop above, in which layers find each other's modules by their old paths.
+    for layer, new, values in zip(layers, made, shared * loops, strict=True):
+        for path, weight in _linears(layer) if rank else ():
             parent, _, name = path.rpartition(".")
-            linear = layer.get_submodule(path)
-            assert isinstance(linear, nn.Linear)
-            setattr(layer.get_submodule(parent), name, LoRALinear(linear, a, b))
+            linear: Any = new.get_submodule(path)
+            update = LoRALinear(linear, *_update(weight.detach(), values[f"{path}.weight"], rank, lora))
+            setattr(new.get_submodule(parent), name, update.train(linear.training))
+    return made
+
+
+def _copy(layer: nn.Module) -> nn.Module:
+    """A copy of the modules and buffers; the parameters, and objects such as a configuration, are the same."""
+    values = [value for module in layer.modules() for value in vars(module).values()]
+    same = [value for value in values if not isinstance(value, dict | list | tuple | set | nn.Module | Tensor)]
+    return copy.deepcopy(layer, {id(value): value for value in (*layer.parameters(), *same)})
 
 
 def _linears(layer: nn.Module) -> list[tuple[str, Tensor]]:
@@ -315,8 +323,7 @@ class Recursive(Stack):
         lora: Literal["svd", "zero"] = "zero",
         share_norms: bool = True,
     ) -> None:
-        super().__init__(blocks)
-        share(list(self.blocks), loops, rank, init, lora, share_norms)
+        super().__init__(share(list(blocks), loops, rank, init, lora, share_norms) if len(blocks) else [])
         self.loops, self.rank, self.init, self.lora, self.share_norms = loops, rank, init, lora, share_norms
 
     def extra_repr(self) -> str:
