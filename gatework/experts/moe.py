@@ -110,7 +110,9 @@ class MoE(Experts):
     def active_parameters(self) -> int:
         """Parameters that one token uses: gate, activation, shared experts and as many experts as the gate has
         slots."""
-        stacked = self.w_in.numel() + self.w_out.numel()
+        # Where the weights are parametrized, what is stored counts: a stack of its own, or something that all experts use.
+        names = ("w_in", "w_out", "parametrizations.w_in.", "parametrizations.w_out.")
+        stacked = sum(p.numel() for name, p in self.named_parameters() if name.startswith(names) and p.dim() == 3)
         rest = sum(p.numel() for p in self.parameters()) - stacked
         return rest + stacked // self.experts * int(getattr(self.gate, "k", self.experts))
 
@@ -122,15 +124,16 @@ class MoE(Experts):
         routing = self.gate(x, None if mask is None else mask.reshape(-1))
         if self.capacity is not None:
             routing = self._within_capacity(routing)
+        w_in, w_out = self.w_in, self.w_out  # Read once: they may be parametrized.
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         else:
-            dtype = torch.promote_types(x.dtype, self.w_in.dtype)
+            dtype = torch.promote_types(x.dtype, w_in.dtype)
         with without_autocast(x.device):
             x = x.to(dtype)
-            experts = _Experts(self, unstack(self.w_in.to(dtype)), unstack(self.w_out.to(dtype)))
+            experts = _Experts(self, unstack(w_in.to(dtype)), unstack(w_out.to(dtype)))
             rows = routing.experts.numel() / self.experts
-            y = run_experts(x, routing, experts, alignment(rows, self.w_out[0].numel(), dtype, x.device))
+            y = run_experts(x, routing, experts, alignment(rows, w_out[0].numel(), dtype, x.device))
             if self.shared_in is not None and self.shared_out is not None:
                 for expert in _Experts(self, unstack(self.shared_in.to(dtype)), unstack(self.shared_out.to(dtype))):
                     y = y + expert(x)
