@@ -115,7 +115,8 @@ class MonoForward(Learner):
 
         last = len(self.blocks) - 1
         with self._between(see):
-            learn(last, self.model(x))
+            logits = self.model(x)
+        learn(last, logits)
         return {"loss": said[f"loss/{last}"], **said}
 
     @contextlib.contextmanager
@@ -123,15 +124,17 @@ class MonoForward(Learner):
         """Show each block's output but the last's to ``see``, and cut the graph there."""
         seen: list[int] = []
 
-        def hook(k: int, *call: Any) -> Tensor:
+        def hook(k: int, *call: Any) -> Tensor | None:
             h: Any = call[-1]
             if len(seen) != k or not isinstance(h, Tensor):
                 raise self._disorder()
             seen.append(k)
+            if k == len(self.blocks) - 1:
+                return None
             see(k, h)
             return h.detach()
 
-        hooks = [block.register_forward_hook(partial(hook, k)) for k, block in enumerate(self.blocks[:-1])]
+        hooks = [block.register_forward_hook(partial(hook, k)) for k, block in enumerate(self.blocks)]
         try:
             yield
         finally:
