@@ -31,7 +31,8 @@ def windows(length: int = 32) -> list[dict[str, torch.Tensor]]:
 
 def trainer(trained, folder, callbacks=(AdvanceSchedules,), **settings) -> Trainer:
     arguments = {
-        "max_steps": 30, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "seed": 3,
+        "max_steps": 30, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no",
+        "seed": 3,
     }
     arguments = TrainingArguments(
         str(folder), **(arguments | settings), use_cpu=True, report_to="none", disable_tqdm=True, dataloader_pin_memory=False
@@ -95,9 +96,8 @@ def test_accumulated_batches_train_as_one(tmp_path):
     """Two micro-batches of 4 and one batch of 8 have the same gradients, so the same losses."""
     curves = []
     for size, steps in ((8, 1), (4, 2)):
-        done = trainer(
-            model(mixer="gla, attention"), tmp_path, max_steps=4, per_device_train_batch_size=size, gradient_accumulation_steps=steps
-        )
+        batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        done = trainer(model(mixer="gla, attention"), tmp_path, max_steps=4, **batch)
         done.train()
         curves.append(torch.tensor(losses(done)))
     torch.testing.assert_close(*curves, rtol=0, atol=2e-4)
