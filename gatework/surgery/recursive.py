@@ -6,9 +6,8 @@ from typing import Literal
 
 from torch import nn
 
-from gatework.core.cost import count_parameters
 from gatework.core.errors import PartError
-from gatework.depth.recursive import Init, LoRALinear, share
+from gatework.depth.recursive import Borrower, Init, LoRALinear, share
 from gatework.surgery.conversion import Conversion, convert, converter
 from gatework.surgery.layout import describe
 
@@ -23,17 +22,17 @@ def recursive(
 ) -> Conversion:
     """Let a pretrained model's L layers share the weights of ``L / loops``, in place (:class:`gatework.depth.Recursive`).
 
-    The layers stay L modules of the model's own classes, each with its place in the model's cache, so that ``generate`` and all else
-    go on working. Every ``nn.Linear`` in them reads the shared weight and adds its layer's low-rank update. With ``rank`` as large as
-    the linears and ``share_norms=False`` the model computes what it did before; below that it needs further training. The SVDs take
-    a second per layer of SmolLM2-135M.
+    The layers stay L modules of the model's own classes, each with its place in the model's cache, so that ``generate`` and all
+    else go on working. Every ``nn.Linear`` in them reads the shared weight and adds its layer's low-rank update. With ``rank`` as
+    large as the linears and ``share_norms=False`` the model computes what it did before; below that it needs further training.
+    The SVDs take about a second per layer of SmolLM2-135M.
 
     Args:
         model: a Hugging Face model that :func:`~gatework.surgery.describe` knows.
         loops: how often the unique layers are run; it divides the number of layers.
         rank: rank of each linear's update; 0 shares strictly.
-        init: what the unique layers start from: ``average`` (best with updates), ``stepwise`` (best without), ``lower``, ``upper`` or
-            ``random``.
+        init: what the unique layers start from: ``average`` (the paper's best with updates), ``stepwise`` (its best without),
+            ``lower``, ``upper`` or ``random``.
         lora: ``svd`` starts each update at the best approximation of what sharing takes from its layer, ``zero`` at 0.
         share_norms: share norm gains and biases too.
 
@@ -53,15 +52,14 @@ def _recursive(
     paths = [block.path for block in describe(model).blocks]
     if loops == 1:
         raise PartError("recursive with loops=1 would change nothing: give at least 2")
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise PartError("the layers share their weights already; undo that conversion first")
+    if any(isinstance(module, Borrower) for module in model.modules()):
+        raise PartError("the layers share their weights already: undo that conversion first")
     layers = [model.get_submodule(path) for path in paths]
     made = share(layers, loops, rank, init if initialise else "lower", lora if initialise else "zero", share_norms)
     for path, layer in zip(paths, made, strict=True):
         conversion.swap(path, layer)
-    unique, layer = len(layers) // loops, made[0]
-    linears = [module for module in layer.modules() if isinstance(module, LoRALinear)]
-    conversion.replaced.append(f"{len(layers)} layers by {loops} loops over {unique}, {count_parameters(layers[0]):,} parameters each")
+    conversion.replaced.append(f"{len(layers)} layers by {loops} loops over {len(layers) // loops}")
     if rank:
-        update = sum(p.numel() for linear in linears for p in (linear.lora_a, linear.lora_b))
-        conversion.replaced.append(f"{len(layers) * len(linears)} linears by a shared one and an update, {update:,} parameters a layer")
+        linears = [module for layer in made for module in layer.modules() if isinstance(module, LoRALinear)]
+        size = sum(p.numel() for linear in linears for p in (linear.lora_a, linear.lora_b))
+        conversion.replaced.append(f"{len(linears)} linears by shared ones with updates, {size:,} parameters")
