@@ -51,6 +51,7 @@ USES = {
     "feedforward": ('Decoder(vocab_size=256, feedforward="{}")', "feedforward={}"),
     "mixer": ('Decoder(vocab_size=256, mixer="{}")', "mixer={}"),
     "depth": ('Decoder(vocab_size=256, depth="{}")', "depth={}"),
+    "weight": ('Decoder(vocab_size=256, weight="{}")', "weight={}"),
     "optim": (None, "optim={}"),
     "schedule": (None, "schedule={}"),
     "learner": (None, "learner={}"),
