@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gatework.core.contracts import FeedForward, No, in_backward
+from gatework.core.errors import PartError
 from gatework.core.registry import build, register
 from gatework.core.routing import Routing
 from gatework.feedforward.base import hidden_width
@@ -80,6 +81,7 @@ class VersatileFFN(FeedForward):
 
     Raises:
         ValueError: sizes that do not fit.
+        PartError: ``peft`` adapters on its layers, whose weights are used in slices.
     """
 
     owns_residual = True
@@ -169,6 +171,8 @@ class VersatileFFN(FeedForward):
             mask: True for real tokens; the others pass unchanged.
             noise: Gumbel noise of the depth choice in training; None draws it.
         """
+        if any(hasattr(layer, "base_layer") for layer in (self.up, self.down, self.expert_router, self.depth_router)):
+            raise PartError("peft cannot adapt versatile_ffn, which uses its weights in slices: leave it out by exclude_modules")
         x_ND = x.reshape(-1, self.d_model)
         r_NE, d_NL = self._router_logits(x_ND)
         p_NL = self._choose_depth(d_NL, None if noise is None else noise.reshape(-1, self.loops))
