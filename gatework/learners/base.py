@@ -15,6 +15,7 @@ from gatework.core.contracts import No, advance
 
 #: ``loss_fn(output, target)`` -> scalar mean loss.
 Loss = Callable[[Tensor, Tensor], Tensor]
+#: Inputs and targets.
 Batch = tuple[Tensor, Tensor]
 
 
