@@ -179,8 +179,12 @@ class Place(Packed):
         self.shape, self.columns = shape, columns
         self.register_buffer("lam", lam)
         self.register_buffer("settings", torch.tensor(settings, device=lam.device))
-        self.known = settings
+        self._know(settings)
         self.register_buffer("index", self.signed(torch.arange(shape.numel(), device=lam.device)), persistent=False)
+
+    def _know(self, settings: tuple[int, ...]) -> None:
+        self.known = settings
+        self.places, self.signs = _numbers(settings[1], "slots"), _numbers(settings[1], "signs")
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -211,24 +215,24 @@ class Place(Packed):
 
     def signed(self, positions: Tensor) -> Tensor:
         """The slots of these entries (flat numbers within the weight) in int32; ``~slot`` where the sign is negative."""
-        kind, seed, tile_rows, tile_columns, size, offset = self.known
+        kind, _, tile_rows, tile_columns, size, offset = self.known
         p = positions + offset
         if MAPS[kind] == "cyclic":
-            slots = (_hash(p.div(size, rounding_mode="floor"), seed, "slots") % size + p % size) % size
+            slots = (_hash(p.div(size, rounding_mode="floor"), self.places) % size + p % size) % size
         elif MAPS[kind] == "hashed":
-            slots = _hash(p, seed, "slots") % size
+            slots = _hash(p, self.places) % size
         else:
             row, column = positions.div(max(self.columns, 1), rounding_mode="floor"), positions % max(self.columns, 1)
             x = row.div(tile_rows, rounding_mode="floor") + offset
             y = column.div(tile_columns, rounding_mode="floor") + offset + self.shape.numel() // max(self.columns, 1)
-            start = _hash_of_two(x, y, seed) % (size - tile_rows * tile_columns)
+            start = _hash_of_two(x, y, self.places) % (size - tile_rows * tile_columns)
             slots = start + row % tile_rows * tile_columns + column % tile_columns
-        return torch.where(_hash(p, seed, "signs") % 2 == 0, slots, ~slots).to(torch.int32)
+        return torch.where(_hash(p, self.signs) % 2 == 0, slots, ~slots).to(torch.int32)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if not self.settings.is_meta and (self.index is None or self.index.is_meta or tuple(self.settings.tolist()) != self.known):
-            self.known = tuple(self.settings.tolist())
+            self._know(tuple(self.settings.tolist()))
             if self.index is not None:
                 self.index = self.signed(torch.arange(self.shape.numel(), device=self.settings.device))
 
@@ -287,11 +291,11 @@ def _numbers(seed: int, purpose: str) -> list[int]:
     return [int.from_bytes(digest[:8]) % (P // 2 - 1) * 2 + 1 for digest in digests]
 
 
-def _hash(x: Tensor, seed: int, purpose: str) -> Tensor:
-    a, b, d = _numbers(seed, purpose)
+def _hash(x: Tensor, numbers: list[int]) -> Tensor:
+    a, b, d = numbers
     return (x * a % P + x * x % P * b % P + d) % P
 
 
-def _hash_of_two(x: Tensor, y: Tensor, seed: int) -> Tensor:
-    a, b, d = _numbers(seed, "slots")
+def _hash_of_two(x: Tensor, y: Tensor, numbers: list[int]) -> Tensor:
+    a, b, d = numbers
     return (x * a % P + y * b % P + d) % P

@@ -62,22 +62,22 @@ class Ternary(Weight):
         """The ternary weight."""
         with torch.no_grad():
             trits, scale = self.quantize(stored)
-            hard = (trits * scale.to(trits.dtype)).to(stored.dtype).view(stored.shape)
+            hard = (trits * scale).to(stored.dtype).view(stored.shape)
         return straight_through(hard, stored)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Trits (S, R, I), in float32 or wider, of S matrices of R rows, and float16 scales (S, 1 or R, 1)."""
+        """Trits (S, R, I), in float32 or wider, of S matrices of R rows, and scales (S, 1 or R, 1) that float16 holds exactly."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         wide = weight.detach().reshape(matrices(weight.shape, self.stacked)).to(dtype)
         axes = (-2, -1) if self.per == "tensor" else (-1,)
         size = wide.abs()
         if not wide.numel():
-            return wide, wide.sum(axes, keepdim=True).half()
+            return wide, wide.sum(axes, keepdim=True)
         mean, largest = size.mean(axes, keepdim=True), size.amax(axes, keepdim=True)
         already = ((size == largest) | (size == 0)).all(-1, keepdim=True).all(axes[0], keepdim=True)
         scale = torch.where(already, largest, mean)
         trits = torch.where(scale > 0, wide / scale, 0).round().clamp(-1, 1)
-        return trits, scale.clamp(max=torch.finfo(torch.float16).max).half()
+        return trits, _half(scale).to(dtype)
 
     def pack(self, stored: Tensor) -> tuple[nn.Module, Tensor]:
         """Trits in bytes and scales; what it is called with is empty and says the dtype."""
@@ -90,7 +90,7 @@ class TernaryPacked(Packed):
 
     Args:
         trits: (S, R, I) of S matrices of R rows.
-        scale: (S, 1 or R, 1), float16; kept as its bits, so that ``model.to(dtype)`` leaves it alone.
+        scale: (S, 1 or R, 1); kept as the bits of float16, so that ``model.to(dtype)`` leaves it alone.
         shape: of the weight.
     """
 
@@ -102,7 +102,7 @@ class TernaryPacked(Packed):
         self.shape = shape
         self.length = trits.shape[-1]
         self.register_buffer("trits", pack_trits(trits))
-        self.register_buffer("scale", scale.view(torch.int16))
+        self.register_buffer("scale", scale.to(torch.float16).view(torch.int16))
 
     def extra_repr(self) -> str:
         """The shape."""
@@ -120,3 +120,10 @@ class TernaryPacked(Packed):
     def _weights(self, trits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         return unpack_trits(trits, self.length, dtype) * scale.view(torch.float16).to(dtype)
 
+
+def _half(x: Tensor) -> Tensor:
+    """Rounded to what float16 holds, in float32; ``torch.compile`` takes a conversion there and back for nothing."""
+    x = x.to(torch.float32).clamp(max=torch.finfo(torch.float16).max)
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # The power of two below.
+    step = power.clamp(min=2.0**-14) * 2.0**-10
+    return (x / step).round() * step
