@@ -7,10 +7,8 @@ loading builds the model, does the conversions again and puts every tensor in pl
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +74,7 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
     folder = Path(folder)
     about = _read(folder)
     import transformers
+    from transformers.initialization import no_init_weights
 
     cls: Any = getattr(transformers, about["class"], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
@@ -84,11 +83,13 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
     config: Any = cls.config_class
     config = config.from_dict(about["config"])
     config._attn_implementation = about["attention"]
-    with _uninitialised():
-        model: Any = cls(config)
-    model.tie_weights()
-    for record in about["conversions"]:
-        convert(model, record["name"], record["arguments"], initialise=False)
+    # Every tensor is loaded next: a random start is not worth the time, nor the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        with no_init_weights():
+            model: Any = cls(config)
+        model.tie_weights()
+        for record in about["conversions"]:
+            convert(model, record["name"], record["arguments"], initialise=False)
     if about["generation_config"] is not None:
         model.generation_config = transformers.GenerationConfig.from_dict(about["generation_config"])
     _fill(model, folder / TENSORS, about["shared"], device)
@@ -163,13 +164,4 @@ def _fill(model: nn.Module, path: Path, shared: dict[str, str], device: torch.de
         what = wrong[0] if wrong else "other tensors are shared"
         raise GateworkError(f"{str(path)!r} does not fit the model that {JSON} describes: {what}")
     for name, tensor in saved.items():
-        named[name].data = tensor
-
-
-@contextlib.contextmanager
-def _uninitialised() -> Iterator[None]:
-    """Every tensor is loaded next: its random start is not worth the time, nor the caller's random numbers."""
-    from transformers.initialization import no_init_weights
-
-    with torch.random.fork_rng(), no_init_weights():
-        yield
+        named[name].data = tensor.clone()  # Out of the mapped file, where tensors are not aligned for the fastest kernels.

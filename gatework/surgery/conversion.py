@@ -87,6 +87,7 @@ class Conversion:
         if mine[0] != len(done) - 1:
             later = ", ".join(record["name"] for record in reversed(done[mine[0] + 1 :]))
             raise PartError(f"undo the later conversions first: {later}")
+        _forget_hooks(self.model)
         self._restore()
         done.pop()
         _guard(self.model)
@@ -95,7 +96,6 @@ class Conversion:
         for path, module in reversed(self._originals):
             _set(self.model, path, module)
         self._originals.clear()
-        _forget_hooks(self.model)
 
     def __post_init__(self) -> None:
         self._record: dict[str, Any] = {"name": self.name, "arguments": self.arguments}
@@ -123,6 +123,7 @@ def convert(model: nn.Module, name: str, arguments: dict[str, Any], initialise: 
         raise GateworkError(f"there is no conversion {name!r}; there are {', '.join(sorted(CONVERTERS))}")
     conversion = Conversion(model, name, arguments)
     before = count_parameters(model), stored_bytes(model)
+    _forget_hooks(model)
     try:
         CONVERTERS[name].convert(model, conversion, initialise, **arguments)
         if not conversion._originals:
@@ -134,7 +135,6 @@ def convert(model: nn.Module, name: str, arguments: dict[str, Any], initialise: 
     conversion.stored_bytes = before[1], stored_bytes(model)
     records(model).append(conversion._record)
     _guard(model)
-    _forget_hooks(model)
     return conversion
 
 
@@ -167,9 +167,12 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
 
 
 def _forget_hooks(model: nn.Module) -> None:
-    # transformers installs its output-capturing hooks once, on the modules that are there; new ones need them too.
+    # transformers installs its hooks for attentions and hidden states once, on the modules that are there: let it begin anew.
     for module in model.modules():
         module.__dict__.pop("_output_capturing_hooks_installed", None)
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "output_capturing_hook":
+                del module._forward_hooks[key]
 
 
 def _size(count: int) -> str:

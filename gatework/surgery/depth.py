@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from gatework.core import registry
@@ -109,7 +110,8 @@ def install(model: nn.Module, conversion: Conversion, policy: BlockPolicy) -> No
         for tensor in module.parameters(recurse=False):
             tensor.data = tensor.data.to(weight.device, weight.dtype)
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(weight.device)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            module._buffers[name] = buffer.to(weight.device, wide if buffer.is_floating_point() else None)
     policy.train(model.training)
     conversion.part = policy
     first, last = layout.blocks[0].path, layout.blocks[-1].path.rpartition(".")[2]
