@@ -15,6 +15,7 @@ version = release = gatework.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "pages", "public_names"]
 exclude_patterns = ["_build", "_ext"]
 default_role = "code"
+suppress_warnings = ["toc.empty_glob"]
 nitpicky = True  # A reference into gatework that leads nowhere is a mistake; those to other libraries would need the network.
 nitpick_ignore_regex = [(r"py:.*", r"(?!gatework\.).*")]
 

@@ -17,6 +17,7 @@ import sys
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -250,7 +251,8 @@ def part_page(entry: Entry, kept: dict[str, Comparison], config: Any) -> list[st
     package = entry.cls.__module__.rpartition(".")[0]
     paper = papers().get(entry.paper or "")
     equation = inspect.cleandoc(sys.modules[entry.cls.__module__].__doc__ or "")
-    out = [*heading(entry.name, "="), f"**{escaped(entry.summary)}.**", "", f"A :doc:`{entry.family} <index>` part."]
+    out = [*heading(entry.name, "="), ".. rst-class:: lead", "", f"{escaped(entry.summary)}.", ""]
+    out += [f"A part of the family :doc:`{entry.family} <index>`."]
     out += [*heading("What it computes"), *prose(equation, config)]
     behaviour = without(inspect.getdoc(entry.cls) or "", "Args")
     out += [*heading("Behaviour"), *prose(behaviour, config)] if behaviour else []
@@ -261,8 +263,9 @@ def part_page(entry: Entry, kept: dict[str, Comparison], config: Any) -> list[st
 
 
 def escaped(text: str) -> str:
-    """Text without markup characters that would be read as such."""
-    return re.sub(r"([*|`\\])", r"\\\1", text)
+    """Text without characters that would be read as markup; code stays code."""
+    pieces = text.split("``")
+    return "``".join(piece if i % 2 else re.sub(r"([*|`\\])", r"\\\1", piece) for i, piece in enumerate(pieces))
 
 
 def family_page(family: str, members: Sequence[Entry]) -> list[str]:
@@ -307,7 +310,7 @@ def module_page(module: Any, seen: set[int]) -> list[str]:
     elsewhere = []
     for name in public_names.names(module):
         obj, full = getattr(module, name), f"{module.__name__}.{name}"
-        if public_names.is_module(obj):
+        if isinstance(obj, ModuleType):
             continue
         if id(obj) in classes or id(obj) in seen:
             elsewhere.append(name if id(obj) in classes else f":py:obj:`{name} <{obj.__module__}.{obj.__qualname__}>`")
@@ -322,7 +325,7 @@ def module_page(module: Any, seen: set[int]) -> list[str]:
             out += ["", f".. autofunction:: {full}", ""]
         else:
             said = public_names.comment(module, name)
-            out += ["", f".. py:data:: {full}", "", *(f"   {line}" for line in said), ""]
+            out += ["", f".. py:data:: {name}", "", *(f"   {line}" for line in said), ""]
             if isinstance(obj, dict) and all(isinstance(value, str) for value in obj.values()):
                 out += [f"   - ``{key}``: {value}" for key, value in obj.items()]
     return [*out, "", f"Described elsewhere: {', '.join(elsewhere)}.", ""] if elsewhere else out

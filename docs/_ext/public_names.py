@@ -57,30 +57,23 @@ def comment(module: ModuleType, name: str) -> list[str]:
     return []
 
 
-def is_module(obj: Any) -> bool:
-    """Whether a public name is a module, which has a page of its own."""
-    return isinstance(obj, ModuleType)
-
-
 def undocumented(patterns: Iterable[str]) -> Iterator[str]:
     """Public names without a docstring (a constant: without a ``#:`` comment)."""
     for module in modules(patterns):
         for name in names(module):
             obj = getattr(module, name)
-            known = document(obj) if is_module(obj) or defined_in(obj) else comment(module, name)
+            known = document(obj) if isinstance(obj, ModuleType) or defined_in(obj) else comment(module, name)
             if not known:
                 yield f"{module.__name__}.{name}"
 
 
-def absent(patterns: Iterable[str], shown: Iterable[str]) -> Iterator[str]:
+def absent(patterns: Iterable[str], shown: Iterable[str]) -> list[str]:
     """Public names that no page describes; ``shown`` are the names that some page does."""
     shown = set(shown)
-    for module in modules(patterns):
-        for name in names(module):
-            obj = getattr(module, name)
-            own = f"{defined_in(obj)}.{obj.__qualname__}" if defined_in(obj) else None
-            if not is_module(obj) and not {f"{module.__name__}.{name}", own} & shown:
-                yield f"{module.__name__}.{name}"
+    everything = [(f"{module.__name__}.{name}", getattr(module, name)) for module in modules(patterns) for name in names(module)]
+    # What several modules make public stands on one page; a class also counts by where it is defined.
+    there = {id(obj) for full, obj in everything if {full, f"{defined_in(obj)}.{getattr(obj, '__qualname__', '')}"} & shown}
+    return [full for full, obj in everything if not isinstance(obj, ModuleType) and id(obj) not in there]
 
 
 def check(app: Sphinx, exception: Exception | None) -> None:

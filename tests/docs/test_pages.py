@@ -1,0 +1,151 @@
+"""What the pages of parts are made of, and that the documentation builds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import docstrings
+import pages
+import pytest
+
+from gatework.core import check, entries
+from gatework.core.registry import parameters
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "trees"]
+    done = subprocess.run([*command, ROOT / "docs", tmp_path / "html"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    for entry in entries():
+        page = (tmp_path / "html" / f"{pages.page_of(entry.name)}.html").read_text(encoding="utf-8")
+        text = re.sub(r"<[^>]+>", "", page)
+        for name in parameters(entry.cls):
+            assert name in text, f"{entry.name}: {name}"
+        assert "system-message" not in page
+    assert "no-such-host" not in page
+    fetched = {address for path in (tmp_path / "html").rglob("*.html") for address in re.findall(
+        r"<(?:script|link|img)[^>]+(?:src|href)=\"(https?:[^\"]+)\"", path.read_text(encoding="utf-8"))}  # fmt: skip
+    assert fetched == set()  # The pages work offline.
+
+
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.name)
+def test_what_a_page_says_of_using_a_part_works(entry):
+    lines = pages.usage(entry)
+    code = [line[3:] for line in lines[lines.index(".. code-block:: python") + 2 :] if line.startswith("   ") or not line]
+    code = code[: code.index("As an expression it is")] if "As an expression it is" in code else code
+    python = "\n".join(line for line in code if re.match(r"(from|model) ?", line) or not line)
+    exec(python, {})
+    written = [line.strip() for line in lines if line.startswith(f"   {entry.name}")]
+    assert written
+    for expression in written:
+        assert check(expression).name == entry.name
+    meanings = docstrings.arguments(entry.cls)
+    for name in parameters(entry.cls):
+        assert meanings.get(name), f"{entry.name}: the docstring says nothing of {name}"
+
+
+def test_every_part_with_a_paper_is_on_the_selection_page():
+    text = (ROOT / "docs" / "selection.md").read_text(encoding="utf-8")
+    missing = [entry.name for entry in entries() if entry.paper and f"{{part}}`{entry.name}`" not in text]
+    assert missing == []
+
+
+def test_arguments_of_a_docstring():
+    class Thing:
+        """It is.
+
+        Args:
+            a: first, with: a colon
+                and a second line.
+            b, c: both.
+
+        Other: nothing.
+        """
+
+    assert docstrings.arguments(Thing) == {"a": "first, with: a colon and a second line.", "b": "both.", "c": "both."}
+
+
+def test_equations_become_literal_blocks_and_hanging_indents_paragraphs():
+    given = """A sum of |x|:
+
+    y = |x| + 1
+
+Padding: a token
+    without a key.
+
+Args:
+    x: a number
+        of its own.
+
+- one
+  point"""
+    assert "\n".join(docstrings.readable(given.splitlines())) == """A sum of \\|x\\|:
+
+.. code-block:: text
+
+    y = |x| + 1
+
+Padding: a token
+without a key.
+
+Args:
+    x: a number
+        of its own.
+
+- one
+  point"""
+
+
+def test_a_docstring_without_a_section_and_its_first_sentence():
+    given = "First.\n\nSecond.\n\nArgs:\n    x: a.\n\n    More of it.\n\nRaises:\n    ValueError: b."
+    assert docstrings.without(given, "Args") == "Second.\n\nRaises:\n    ValueError: b."
+
+
+def test_shapes_are_read_from_annotations():
+    assert pages.shape('Float[Tensor, "B T D"]') == "(B, T, D), float"
+    assert pages.shape('Bool[Tensor, "*B"] | None') == "(...), bool"
+    assert pages.shape("State | None") == "``State | None``"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder of results with one study in it."""
+    spec = importlib.util.spec_from_file_location("synthetic", ROOT / "tests" / "bench" / "synthetic.py")
+    synthetic = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(synthetic)
+    study, records = synthetic.build()
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "text" / "big").mkdir(parents=True)
+    (folder / "text" / "big" / "report.json").write_text(json.dumps({"study": study, "records": records}), encoding="utf-8")
+    return pages.studies(folder)
+
+
+@pytest.mark.parametrize(("part", "variant"), [("gla", "gla"), ("moe", "moe"), ("topk", "moe"), ("versatile_ffn", "wide")])
+def test_a_kept_study_is_shown_on_the_pages_of_its_parts(kept, part, variant):
+    shown = "\n".join(pages.measured(part, kept))
+    assert re.findall(r"^   \* - (\S+)$", shown, flags=re.MULTILINE) == ["variant", "baseline", variant]
+    row = next(row for row in kept["text-big"].rows if row.name == variant)
+    assert row.verdict.word in shown
+    assert kept["text-big"].difference(row) in shown
+    assert "</parts/results/text-big>`" in shown
+    assert "Smallest difference this study could have seen" in shown
+
+
+@pytest.mark.parametrize("part", ["golu", "glu", "attention", "k"])
+def test_a_part_that_no_kept_variant_names_has_no_figures(kept, part):
+    assert pages.measured(part, kept) == ["", "No result is kept for this part.", ""]
+
+
+def test_the_page_of_a_kept_study_has_every_variant_and_what_went_wrong(kept):
+    text = "\n".join(pages.study_page("text-big", kept["text-big"]))
+    for row in kept["text-big"].rows:
+        assert f"   * - {row.name}\n" in text
+    assert "diverged" in text
+    assert "worse than the baseline: gla" in text
