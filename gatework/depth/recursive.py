@@ -86,6 +86,20 @@ def svd_lora_init(delta: Float[Tensor, "out in"], rank: int) -> tuple[Float[Tens
     return vh[:rank].to(delta.dtype).contiguous(), (u[:, :rank] * s[:rank]).to(delta.dtype)
 
 
+class _LowRank(nn.Module):
+    """``x A^T B^T``."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.a)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.a), self.b)
+
+
 class LoRALinear(nn.Module):
     """A linear with a low-rank update: ``y = x (W + B A)^T + b``.
 
@@ -96,35 +110,31 @@ class LoRALinear(nn.Module):
 
     Args:
         base: the linear that holds (or borrows) W and b.
-        lora_a: A (rank, in).
-        lora_b: B (out, rank).
+        a: A (rank, in).
+        b: B (out, rank).
     """
 
-    def __init__(self, base: nn.Linear, lora_a: Float[Tensor, "rank in"], lora_b: Float[Tensor, "out rank"]) -> None:
+    def __init__(self, base: nn.Linear, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"]) -> None:
         super().__init__()
         self.base = base
-        self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
+        self.lora = _LowRank(a, b)
         self.in_features, self.out_features = base.in_features, base.out_features
 
     @property
     def weight(self) -> Tensor:
         """``W + B A``, for code that takes a linear's weight instead of calling it."""
-        return torch.addmm(self.base.weight, self.lora_b, self.lora_a)
+        return torch.addmm(self.base.weight, self.lora.b, self.lora.a)
 
     @property
     def bias(self) -> Tensor | None:
         """The base's bias."""
         return self.base.bias
 
-    def extra_repr(self) -> str:
-        """The rank."""
-        return f"rank={len(self.lora_a)}"
-
     def forward(self, x: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
         """Apply the linear and its update."""
         if self._sums(x):
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = self.base(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+        y: Tensor = self.base(x) + self.lora(x)
         return y
 
     def _sums(self, x: Tensor) -> bool:
@@ -155,23 +165,28 @@ def _unfilled(cls: type, names: tuple[str, ...]) -> Any:
 @functools.cache
 def _borrowing(cls: type, names: tuple[str, ...]) -> type:
     def borrowed(name: str) -> property:
-        return property(lambda self: getattr(self._owner[0], name))
+        def read(self: Any) -> Any:
+            parent, child = self._owner
+            return getattr(getattr(parent, child) if child else parent, name)
+
+        return property(read)
 
     fields: dict[str, Any] = {name: borrowed(name) for name in names}
     return type(cls.__name__, (Borrower, cls), fields | {"__module__": cls.__module__, "_borrowed": (cls, names)})
 
 
-def _borrow(module: nn.Module, owner: nn.Module, names: Sequence[str]) -> None:
-    """Make the parameters ``names`` of ``module`` those of ``owner``, which alone registers them.
+def _borrow(module: nn.Module, layer: nn.Module, path: str, names: Sequence[str]) -> None:
+    """Make the parameters ``names`` of ``module`` those of the module at ``path`` of ``layer``, which alone registers them.
 
-    So each is in ``parameters()`` and in the ``state_dict`` once, under its owner's name, and whoever replaces it there (a
-    checkpoint loaded into an empty model) has replaced it everywhere.
+    So each is in ``parameters()`` and in the ``state_dict`` once, under its owner's name, and whoever replaces it or its owner
+    there (a checkpoint, a quantisation) has replaced it everywhere.
     """
     for name in names:
         del module._parameters[name]
     cls: Any = type(module)
     module.__class__ = _borrowing(cls, tuple(names))
-    vars(module)["_owner"] = (owner,)  # In a tuple, which does not register it as a child.
+    parent, _, child = path.rpartition(".")
+    vars(module)["_owner"] = (layer.get_submodule(parent), child)  # In a tuple, which does not register it as a child.
 
 
 def share(
@@ -212,23 +227,22 @@ def share(
         for j in range(unique)
     ]
     made = [_copy(layer) for layer in layers]
-    for i, (layer, new) in enumerate(zip(layers, made, strict=True)):
-        values = shared[i % unique]
-        owners = dict(made[i % unique].named_modules())
-        for path, module in new.named_modules():
-            names = {name: f"{path}.{name}".lstrip(".") for name, p in module._parameters.items() if p is not None}
-            for name, full in names.items():
-                value = values[full] if full in values else before[i][full].clone()
-                module._parameters[name] = nn.Parameter(value, layer.get_parameter(full).requires_grad)
-            if i >= unique and (borrowed := [name for name, full in names.items() if full in values]):
-                _borrow(module, owners[path], borrowed)
-    # After the loop above, in which layers find each other's modules by their old paths.
     for layer, new, values in zip(layers, made, shared * loops, strict=True):
         for path, weight in _linears(layer) if rank else ():
             parent, _, name = path.rpartition(".")
             linear: Any = new.get_submodule(path)
             update = LoRALinear(linear, *_update(weight.detach(), values[f"{path}.weight"], rank, lora))
             setattr(new.get_submodule(parent), name, update.train(linear.training))
+    for i, (layer, new) in enumerate(zip(layers, made, strict=True)):
+        values, bases = shared[i % unique], {f"{path}.base": path for path, _ in _linears(layer)} if rank else {}
+        for path, module in new.named_modules():
+            names = {name: f"{bases.get(path, path)}.{name}".lstrip(".") for name, p in module._parameters.items() if p is not None}
+            names = {name: old for name, old in names.items() if old in before[i]}
+            for name, old in names.items():
+                value = values[old] if old in values else before[i][old].clone()
+                module._parameters[name] = nn.Parameter(value, layer.get_parameter(old).requires_grad)
+            if i >= unique and (borrowed := [name for name, old in names.items() if old in values]):
+                _borrow(module, made[i % unique], path, borrowed)
     return made
 
 

@@ -1,6 +1,6 @@
 """The parts put into an existing pretrained model.
 
-``describe(model)`` says what surgery found; each conversion (``gateskip``, ``depth``, ``ternary``, ``pack``) is one call in place
+``describe(model)`` says what surgery found; each conversion (``gateskip``, ``depth``, ``recursive``, ``ternary``, ``pack``) is one call in place
 that returns a :class:`Conversion`; ``save`` and ``load`` keep a converted model; ``distill`` trains it towards the original.
 """
 
@@ -9,6 +9,7 @@ from gatework.surgery.conversion import Conversion
 from gatework.surgery.depth import depth, gateskip
 from gatework.surgery.distill import distill
 from gatework.surgery.layout import Layout, describe
+from gatework.surgery.recursive import recursive
 from gatework.surgery.ternary import pack, ternary
 
-__all__ = ["Conversion", "Layout", "depth", "describe", "distill", "gateskip", "load", "pack", "save", "ternary"]
+__all__ = ["Conversion", "Layout", "depth", "describe", "distill", "gateskip", "load", "pack", "recursive", "save", "ternary"]

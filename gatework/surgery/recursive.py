@@ -44,7 +44,7 @@ def recursive(
     })
 
 
-@converter("recursive", new=("*.lora_a", "*.lora_b"))
+@converter("recursive", new=("*.lora.a", "*.lora.b"))
 def _recursive(
     model: nn.Module, conversion: Conversion, initialise: bool, loops: int, rank: int, init: Init, lora: Literal["svd", "zero"],
     share_norms: bool,
@@ -61,5 +61,5 @@ def _recursive(
     conversion.replaced.append(f"{len(layers)} layers by {loops} loops over {len(layers) // loops}")
     if rank:
         linears = [module for layer in made for module in layer.modules() if isinstance(module, LoRALinear)]
-        size = sum(p.numel() for linear in linears for p in (linear.lora_a, linear.lora_b))
+        size = sum(p.numel() for linear in linears for p in linear.lora.parameters())
         conversion.replaced.append(f"{len(linears)} linears by shared ones with updates, {size:,} parameters")

@@ -129,7 +129,7 @@ def test_lora_linear_equals_its_equation_with_all_gradients(tokens, bias):
     with count_flops() as count:
         y = layer(x)
     assert count.total == 2 * tokens * 12 * 20 + min(2 * tokens * 3 * (12 + 20), 2 * 3 * 12 * 20)
-    given = [x, linear.weight, layer.lora_a, layer.lora_b, *([linear.bias] if bias else [])]
+    given = [x, linear.weight, layer.lora.a, layer.lora.b, *([linear.bias] if bias else [])]
     leaves = [value.detach().clone().requires_grad_() for value in given]
     expected = leaves[0] @ leaves[1].T + leaves[0] @ leaves[2].T @ leaves[3].T + (leaves[4] if bias else 0)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-11)
@@ -154,7 +154,7 @@ def test_half_precision_keeps_updates_that_the_sum_would_round_away():
     assert torch.equal(layer.weight, linear.weight)  # 4.001 is no bfloat16.
     x = torch.eye(8).repeat(100, 1).bfloat16() - torch.eye(8).roll(1, 0).repeat(100, 1).bfloat16()
     x[:, 0] += 0.5
-    beside = F.linear(F.linear(x, layer.lora_a), layer.lora_b)
+    beside = F.linear(F.linear(x, layer.lora.a), layer.lora.b)
     assert torch.equal(layer(x), linear(x) + beside)
 
 
@@ -180,10 +180,10 @@ def test_weights_are_the_shared_ones_plus_the_updates(init, loops):
             mean = sum(before[s][name] for s in chosen[j]) / len(chosen[j])
             torch.testing.assert_close(linear.base.weight, mean, rtol=0, atol=1e-15)
             u, s, vh = torch.linalg.svd(before[i][name] - mean)
-            torch.testing.assert_close(linear.lora_b @ linear.lora_a, u[:, :rank] * s[:rank] @ vh[:rank], rtol=0, atol=1e-12)
-            torch.testing.assert_close(linear.weight, mean + linear.lora_b @ linear.lora_a, rtol=0, atol=1e-12)
+            torch.testing.assert_close(linear.lora.b @ linear.lora.a, u[:, :rank] * s[:rank] @ vh[:rank], rtol=0, atol=1e-12)
+            torch.testing.assert_close(linear.weight, mean + linear.lora.b @ linear.lora.a, rtol=0, atol=1e-12)
             if [i] == chosen[j]:
-                assert not linear.lora_b.any()  # This layer's own weight is the shared one.
+                assert not linear.lora.b.any()  # This layer's own weight is the shared one.
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -208,7 +208,7 @@ def test_zero_updates_are_strict_sharing():
     torch.testing.assert_close(zero(inputs()), looped(inputs()), rtol=0, atol=1e-12)
     torch.testing.assert_close(strict(inputs()), looped(inputs()), rtol=0, atol=1e-12)
     assert not any(isinstance(module, LoRALinear) for module in strict.modules())
-    spread = torch.cat([linear.lora_a.flatten() for linear in zero.modules() if isinstance(linear, LoRALinear)]) * D**0.5
+    spread = torch.cat([linear.lora.a.flatten() for linear in zero.modules() if isinstance(linear, LoRALinear)]) * D**0.5
     assert spread.abs().max() <= (D / 24) ** -0.5 * (D / D)  # at most 1 / sqrt(in), the least in being D
     assert spread.std() > 0.4
 
@@ -234,7 +234,7 @@ def test_number_of_parameters(share_norms):
     assert count_parameters(policy) == sum(p.numel() for p in policy.state_dict().values()) == expected
     assert active_parameters(policy) == expected
     huge = Recursive(blocks, loops=3, rank=100)
-    assert {len(linear.lora_a) for linear in huge.modules() if isinstance(linear, LoRALinear)} == {D}
+    assert {len(linear.lora.a) for linear in huge.modules() if isinstance(linear, LoRALinear)} == {D}
 
 
 def test_biases_are_shared_like_norm_gains():
@@ -258,8 +258,8 @@ def test_biases_are_shared_like_norm_gains():
 
 def test_frozen_layers_give_frozen_weights_and_trainable_updates():
     blocks = [block.requires_grad_(False) for block in trained(2)]
-    trainable = {name.rpartition(".")[2] for name, p in Recursive(blocks).named_parameters() if p.requires_grad}
-    assert trainable == {"lora_a", "lora_b"}
+    trainable = {".".join(name.split(".")[-2:]) for name, p in Recursive(blocks).named_parameters() if p.requires_grad}
+    assert trainable == {"lora.a", "lora.b"}
 
 
 # -- as a part of a model
@@ -359,10 +359,16 @@ def test_a_model_trains_decodes_and_is_stored():
 
 
 def test_replacing_a_shared_parameter_replaces_it_in_every_loop():
-    policy = Recursive(trained(2), rank=0).eval()
     made = nn.Parameter(torch.zeros(D, D, dtype=torch.float64))
-    policy.blocks[0].mixer.o_proj.weight = made
-    assert policy.blocks[1].mixer.o_proj.weight is made
+    for rank, path in ((0, "o_proj"), (2, "o_proj.base")):
+        policy = Recursive(trained(2), rank=rank)
+        first, second = (block.mixer for block in policy.blocks)
+        first.get_submodule(path).weight = made
+        assert second.get_submodule(path).weight is made
+        linear = nn.Linear(D, D, bias=False).double()
+        first.set_submodule(path, linear)
+        assert second.get_submodule(path).weight is linear.weight
+        assert copy.deepcopy(policy).blocks[1].mixer.get_submodule(path).weight is not linear.weight
     empty = Recursive(trained(2)).to("meta").to_empty(device="cpu")
     empty.load_state_dict(Recursive(trained(2)).state_dict(), assign=True)
     assert torch.equal(empty.eval()(inputs()), Recursive(trained(2)).eval()(inputs()))
