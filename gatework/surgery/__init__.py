@@ -1,7 +1,8 @@
 """The parts put into an existing pretrained model.
 
-``describe(model)`` says what surgery found; each conversion (``gateskip``, ``depth``, ``recursive``, ``ternary``, ``pack``) is one call in place
-that returns a :class:`Conversion`; ``save`` and ``load`` keep a converted model; ``distill`` trains it towards the original.
+``describe(model)`` says what surgery found; each conversion (``gateskip``, ``depth``, ``recursive``, ``ternary``, ``pack``) is one
+call in place that returns a :class:`Conversion`; ``save`` and ``load`` keep a converted model; ``distill`` trains it towards the
+original.
 """
 
 from gatework.surgery.checkpoint import load, save
