@@ -123,7 +123,7 @@ class Layout:
 
 
 def _leaves(paths: Iterable[str]) -> str:
-    return ", ".join(path.rpartition(".")[2] for path in paths)
+    return ", ".join(path.removesuffix(".base").rpartition(".")[2] for path in paths)
 
 
 def describe(model: nn.Module) -> Layout:
