@@ -35,15 +35,15 @@ class AdvanceSchedules(TrainerCallback):
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer whose 256 ids are the byte values of UTF-8 text: that of the bench's ``text`` task.
 
-    Byte 0, which text does not hold, is the begin, end and padding token. Decoding what it encoded gives the same text; bytes
-    that are no UTF-8 become U+FFFD. It saves and loads as any tokenizer of ``transformers``.
+    Byte 0, which text does not hold, is the begin, end and padding token. Decoding what it encoded gives the same text; a run
+    of bytes above 127 that is no UTF-8 becomes U+FFFD, one for each byte. It saves and loads as any tokenizer of ``transformers``.
 
     Example:
         >>> byte_tokenizer()("né").input_ids
         [110, 195, 169]
     """
     zero = "\0"
-    names = {zero: 0} | {f"<0x{byte:02X}>": byte for byte in range(1, 256)}
+    names = {chr(byte) if byte < 128 else f"<0x{byte:02X}>": byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(names, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(
