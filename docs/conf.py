@@ -15,7 +15,6 @@ version = release = gatework.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "pages", "public_names"]
 exclude_patterns = ["_build", "_ext"]
 default_role = "code"
-suppress_warnings = ["toc.empty_glob"]
 nitpicky = True  # A reference into gatework that leads nowhere is a mistake; those to other libraries would need the network.
 nitpick_ignore_regex = [(r"py:.*", r"(?!gatework\.).*")]
 
@@ -42,4 +41,5 @@ html_theme = "furo"
 html_title = "gatework"
 html_static_path = ["_static"]
 html_css_files = ["gatework.css"]
-html_show_sphinx = False
+html_theme_options = {"top_of_page_buttons": []}
+html_copy_source = html_show_sphinx = False

@@ -54,15 +54,15 @@ def without(docstring: str, *sections: str) -> str:
     return "\n".join(lines).strip("\n")
 
 
-def arguments(cls: type) -> dict[str, str]:
-    """What the ``Args`` section of a class says about each argument, by name; several may share one entry."""
+def items(cls: type, section: str = "Args") -> dict[str, str]:
+    """What a section of a class's docstring says about each item, by name; several names may share one entry."""
     found: dict[str, str] = {}
     names: list[str] = []
     inside, first = False, 0
     for line in (inspect.getdoc(cls) or "").splitlines():
         text, indent = line.strip(), len(line) - len(line.lstrip())
         if text and not indent:
-            inside, first = text == "Args:", 0
+            inside, first = text == f"{section}:", 0
         elif inside and text:
             first = first or indent
             head, colon, rest = text.partition(": ")

@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import public_names
-from docstrings import arguments, readable, without
+from docstrings import items, readable, without
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
@@ -170,7 +170,7 @@ def study_page(name: str, comparison: Comparison) -> list[str]:
 
 def options(entry: Entry) -> list[str]:
     """The constructor's arguments: type, default, meaning."""
-    meanings = arguments(entry.cls)
+    meanings = items(entry.cls)
     rows = []
     for name, parameter in parameters(entry.cls).items():
         slot = slot_of(entry.cls, name)
@@ -178,7 +178,9 @@ def options(entry: Entry) -> list[str]:
         kind = f":doc:`{slot} part </parts/{slot}/index>`" if slot in FAMILIES else code(hint.replace("Any", "object"))
         default = "required" if parameter.default is parameter.empty else code(show(parameter.default))
         rows.append((code(name), kind, default, meanings.get(name, "")))
-    return table(("argument", "type", "default", "meaning"), rows, "options") if rows else ["", "None.", ""]
+    out = table(("argument", "type", "default", "meaning"), rows, "options") if rows else ["", "None.", ""]
+    refused = items(entry.cls, "Raises")
+    return [*out, *(f"Raises ``{error}`` {when}\n" for error, when in refused.items())]
 
 
 def shapes(entry: Entry) -> list[str]:
@@ -252,9 +254,9 @@ def part_page(entry: Entry, kept: dict[str, Comparison], config: Any) -> list[st
     paper = papers().get(entry.paper or "")
     equation = inspect.cleandoc(sys.modules[entry.cls.__module__].__doc__ or "")
     out = [*heading(entry.name, "="), ".. rst-class:: lead", "", f"{escaped(entry.summary)}.", ""]
-    out += [f"A part of the family :doc:`{entry.family} <index>`."]
+    out += ["Family: :doc:`index`."]
     out += [*heading("What it computes"), *prose(equation, config)]
-    behaviour = without(inspect.getdoc(entry.cls) or "", "Args")
+    behaviour = without(inspect.getdoc(entry.cls) or "", "Args", "Raises")
     out += [*heading("Behaviour"), *prose(behaviour, config)] if behaviour else []
     out += shapes(entry)
     out += [*heading("Options"), *options(entry), *heading("How to use it"), *usage(entry), *abilities(entry)]
