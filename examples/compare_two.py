@@ -1,4 +1,4 @@
-"""The main job from Python: does a gated attention help on this text, under this budget?"""
+"""Two variants against each other, from Python: is a gated attention better than a plain one on this text, under this budget?"""
 
 import sys
 import tempfile
@@ -10,6 +10,7 @@ from gatework.bench import compare
 def main(tokens: float = 2e5) -> None:
     with tempfile.TemporaryDirectory() as folder:
         comparison = compare(
+            baseline="mixer=attention",
             variants={"gated": "mixer=gated_attention"},
             tokens=tokens,
             seeds=2,
@@ -20,6 +21,7 @@ def main(tokens: float = 2e5) -> None:
         print(comparison)
         for record in comparison.records:
             print(record["key"], record["status"], record["score"])
+        print(comparison.headline())
 
 
 if __name__ == "__main__":
