@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -29,7 +29,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from gatework.core.contracts import Weight
@@ -93,11 +92,10 @@ class _Site:
         return self.module.parametrizations[self.attribute]  # type: ignore[index]
 
     @property
-    def stored(self) -> Tensor:
+    def stored(self) -> Any:
         """The tensor that is stored (None where a parametrization that is not ours stores several)."""
         source = self.source
-        tensor: Any = self.module._parameters[self.attribute] if source is None else getattr(source, "original", None)
-        return tensor
+        return self.module._parameters[self.attribute] if source is None else getattr(source, "original", None)
 
     @property
     def ours(self) -> bool:
@@ -153,7 +151,7 @@ def _sites(model: nn.Module) -> list[_Site]:
 
 
 def _is_weight(parameter: nn.Parameter) -> bool:
-    return not is_lazy(parameter) and parameter.is_floating_point() and parameter.dim() >= 2
+    return parameter.is_floating_point() and parameter.dim() >= 2
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -285,16 +283,10 @@ def pack(model: nn.Module) -> Report:
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers that a model holds; a storage that several share counts once."""
     storages = {}
-    for tensor in _tensors(model):
+    for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()
         storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not is_lazy(tensor):
-            yield tensor
 
 
 def _report(model: nn.Module, shapes: dict[str, tuple[int, ...]], before: tuple[int, int]) -> Report:
