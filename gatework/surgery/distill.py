@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +17,11 @@ from torch import Tensor, nn
 
 from gatework.core.contracts import advance, losses
 from gatework.core.errors import GateworkError
+from gatework.depth.gateskip import GateSkip
 from gatework.surgery.conversion import CONVERTERS
+
+#: Batches from which skip gates learn their thresholds at the end.
+CALIBRATION = 4
 
 
 def distill(
@@ -35,7 +41,8 @@ def distill(
 
     The objective is ``(1 - kl) cross-entropy + kl KL(teacher || student)``, both in nats per predicted token, and the losses of
     the student's parts (the gates' sparsity). AdamW; the learning rate rises linearly, then falls by a cosine to a tenth. After
-    each step the schedules inside the parts move (:func:`gatework.core.advance`: skip gates go from full to their budget).
+    each step the schedules inside the parts move (:func:`gatework.core.advance`: skip gates go from full to their budget). At the
+    end skip gates learn their thresholds anew from the last batches, because gates move fast in a short training.
 
     Args:
         student: the model to train, in place; it returns in the mode it came in.
@@ -74,6 +81,7 @@ def distill(
         parameter.requires_grad_(False)
     try:
         student.train()
+        last: collections.deque[Tensor] = collections.deque(maxlen=CALIBRATION)
         if teacher is not None:
             teacher.eval()
         for step, tokens in enumerate(_take(batches, steps), 1):
@@ -87,8 +95,10 @@ def distill(
             schedule.step()
             advance(student, step, steps)
             values.append(float(objective.detach()))
+            last.append(tokens)
             if report is not None:
                 report(step, values[-1])
+        _calibrate(student.eval(), last, device)
     finally:
         optimizer.zero_grad(set_to_none=True)
         for parameter in frozen:
@@ -97,6 +107,17 @@ def distill(
         if teacher is not None:
             teacher.train(bool(modes[1]))
     return values
+
+
+@torch.no_grad()
+def _calibrate(student: nn.Module, batches: Iterable[Tensor], device: torch.device) -> None:
+    policies = [module for module in student.modules() if isinstance(module, GateSkip)]
+    if policies:
+        with contextlib.ExitStack() as stack:
+            for policy in policies:
+                stack.enter_context(policy.calibrating())
+            for tokens in batches:
+                _logits(student, tokens.to(device))
 
 
 def _trained(student: nn.Module, parameters: str) -> list[nn.Parameter]:
