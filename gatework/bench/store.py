@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -148,9 +149,10 @@ class Store:
                 state=TrialState.WAITING,
                 params=params,
                 distributions=distributions,
-                user_attrs={"plan": dict(vars(plan))},
+                user_attrs={"plan": dict(vars(plan))} | {name: getattr(plan, name) for name in ("variant", "phase", "seed")},
             )
             self._storage.create_new_trial(self._study, template)
+        self._storage.set_study_user_attr(self._study, "planned", len(self.trials()))
 
     # Trials
 
@@ -164,8 +166,10 @@ class Store:
         return list(found.values())
 
     def finished(self) -> bool:
-        """Whether every planned trial has its result."""
-        return all(trial.finished for trial in self.trials())
+        """Whether every planned trial has its result; not while the plan is still being entered."""
+        planned = self._storage.get_study_user_attrs(self._study).get("planned")
+        trials = self.trials()
+        return planned is not None and len(trials) >= planned and all(trial.finished for trial in trials)
 
     def claim(self, only: str | None = None) -> Trial | None:
         """Take the first waiting trial that is ready; None where there is none now.
@@ -291,13 +295,22 @@ def _connect(url: str, create: bool) -> RDBStorage:
         if not create and not path.exists():
             raise GateworkError(f"there is no store at {url!r}")
         url = f"sqlite:///{path.absolute()}"
-    sqlite = url.startswith("sqlite")
+    # The driver that gatework[postgres] brings: which one a bare URL means depends on the version of SQLAlchemy.
+    url = re.sub("^postgres(ql)?://", "postgresql+psycopg://", url)
+    if url.startswith("sqlite"):
+        options: dict[str, Any] = {"connect_args": {"timeout": 60}}
+    elif url.startswith("postgresql+psycopg:"):
+        options = {"connect_args": {"connect_timeout": 20}, "pool_pre_ping": True}
+    else:
+        options = {"pool_pre_ping": True}
     try:
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True})
-    except ModuleNotFoundError as error:
-        raise GateworkError(f"the store {_hide(url)} needs the Python package {error.name!r}: pip install {error.name}") from error
+        return RDBStorage(url, engine_kwargs=options)
     except ImportError as error:
-        raise GateworkError(f"the store {_hide(url)} cannot be opened: {_first_line(error)}") from error
+        cause = error.__cause__ or error.__context__ or error  # Optuna wraps it.
+        missing = getattr(cause, "name", None)
+        wanted = '"gatework[postgres]"' if missing == "psycopg" else missing
+        what = f"needs the package {missing!r}: pip install {wanted}" if missing else f"cannot be opened: {_first_line(cause)}"
+        raise GateworkError(f"the store {_hide(url)} {what}") from error
     except RuntimeError as error:
         raise GateworkError(f"the store {_hide(url)} belongs to another version of optuna: {_first_line(error)}") from error
     except (sql.exc.SQLAlchemyError, StorageInternalError, ValueError) as error:
