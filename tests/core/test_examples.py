@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 #: Arguments that make an example short; every script of examples/ is run.
-ARGUMENTS = {"compare_two.py": ["6e3"]}
+ARGUMENTS = {"compare_two.py": ["6e3"], "train_hybrid.py": ["5"]}
 
 
 def run(*command: str, folder: Path) -> str:
@@ -31,6 +31,9 @@ def test_an_example_runs(script, tmp_path):
     out = run(str(script), *ARGUMENTS.get(script.name, []), folder=tmp_path)
     if script.name == "own_module.py":
         assert "step 200  loss 0.0" in out
+    if script.name == "train_hybrid.py":
+        assert len(re.findall(r"'loss': '?\d\.\d+", out)) == 5
+        assert "KING HENRY.\n" in out
     if script.name == "compare_two.py":
         assert re.search(r"^No variant is told apart|(?:better|worse) than the baseline: gated", out, flags=re.MULTILINE | re.IGNORECASE)
         assert len(re.findall(r"^(?:tune|final)/(?:gated|baseline)/\w+ ok \d+\.\d+$", out, flags=re.MULTILINE)) == 6
