@@ -123,10 +123,13 @@ class TopK(Router):
         return routing
 
     def _apply(self, fn: Any, recurse: bool = True) -> TopK:
-        # A change of the model's dtype leaves the bias in float32: its steps of 1e-3 would vanish in bfloat16.
+        # A change of the model's dtype leaves the bias as it is, in float32: its steps of 1e-3 would vanish in bfloat16.
+        exact = {name: getattr(self, name) for name in ("bias", "chosen")} if self.bias_rate else {}
         super()._apply(fn, recurse)
-        if self.bias_rate:
-            self.bias, self.chosen = self.bias.float(), self.chosen.float()
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if after.dtype != torch.float32:
+                setattr(self, name, before.to(after.device, torch.float32))
         return self
 
     @torch.no_grad()

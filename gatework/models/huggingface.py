@@ -228,10 +228,12 @@ class GateworkForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: GateworkConfig) -> None:
         super().__init__(config)
         self.model = config.build()
-        # Every part has started as its constructor says: `_init_weights` leaves such tensors alone.
-        for tensor in chain(self.model.parameters(), self.model.buffers()):
-            if not tensor.is_meta:
-                tensor._is_hf_initialized = True
+        if self.model.embedding.weight.is_meta:
+            # Loading fills one tensor by name after the other and ties afterwards.
+            self.model.head.weight = nn.Parameter(self.model.head.weight.detach())
+        else:
+            for module in self.model.modules():
+                module._is_hf_initialized = True  # All parts have started as their constructors say.
         self.post_init()
 
     @classmethod
@@ -241,20 +243,22 @@ class GateworkForCausalLM(PreTrainedModel, GenerationMixin):
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Give tensors that no checkpoint has filled the values of a new model; called for every module, this one last."""
+        """Start a resized embedding or head."""
         if isinstance(module, nn.Embedding | nn.Linear):
-            init.normal_(module.weight, std=self.config.d_model**-0.5)  # For a resized vocabulary; the others' values follow.
-        if module is not self:
-            return
-        empty = {
-            name: tensor for name, tensor in chain(self.model.named_parameters(), self.model.named_buffers())
-            if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)
-        }
-        if empty:
-            new = self.config.build()
-            values = dict(chain(new.named_parameters(), new.named_buffers()))
-            for name, tensor in empty.items():
-                tensor.copy_(values[name])
+            init.normal_(module.weight, std=self.config.d_model**-0.5)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Give what no constructor and no checkpoint has filled the values of a new model; called after loading, too."""
+        new = None
+        for path, module in self.model.named_modules():
+            if getattr(module, "_is_hf_initialized", False):
+                continue
+            for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+                if not getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta:
+                    new = self.config.build() if new is None else new
+                    tensor.copy_(getattr(new.get_submodule(path), name))
+            module._is_hf_initialized = True
 
     def _set_gradient_checkpointing(  # type: ignore[override]
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **settings: Any
@@ -316,7 +320,7 @@ class GateworkForCausalLM(PreTrainedModel, GenerationMixin):
             raise GateworkError("give either input_ids or inputs_embeds")
         x = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         length = x.shape[1]
-        if use_cache and past_key_values is None and not (self.training and self.is_gradient_checkpointing):
+        if use_cache and past_key_values is None and not (self.training and self.model.depth.gradient_checkpointing):
             past_key_values = self.new_cache(x.shape[0])
         if past_key_values is not None and not isinstance(past_key_values, GateworkCache):
             raise GateworkError(f"a gatework model continues from its own new_cache, not from a {type(past_key_values).__name__}")
