@@ -59,12 +59,6 @@ class Pass:
         # Without a mask the models rely on torch's causal attention, which lines up the first query with the first key.
         return torch.arange(entries, device=token.device) <= token[:, None, :, None]
 
-    def arguments(self, layer: int, own_layer: int) -> dict[str, Any]:
-        """Keyword arguments for the model's own attention, whose keys belong to ``layer`` of the cache."""
-        if self.cache is None or layer == own_layer:
-            return self.given
-        return self.given | {"past_key_values": _Slot(self.cache, layer)}
-
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values so far, the new ones behind."""
         if self.cache is None:
@@ -75,25 +69,11 @@ class Pass:
         return keys, values
 
 
-class _Slot:
-    """A cache for an attention that runs as another layer than the one it was made for."""
-
-    def __init__(self, cache: Any, layer: int) -> None:
-        self.cache, self.layer = cache, layer
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *extra: Any, **named: Any) -> Any:
-        return self.cache.update(keys, values, self.layer, *extra, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
-
-
 @dataclass
 class LayerState(State):
-    """Carries the pass to the attention of one layer; the decoding state itself is the model's cache, at ``layer``."""
+    """Carries the pass to the attention of one layer; the decoding state itself is the model's cache."""
 
     given: Pass | None = None
-    layer: int = 0
 
 
 def _visible(mask: Tensor) -> Tensor:
@@ -140,9 +120,9 @@ class PretrainedAttention(SequenceMixer):
         if segments is not None:
             raise ValueError("a pretrained attention keeps documents apart by the model's attention mask, not by segments")
         if keep is None:
-            y: Tensor = self.attention(x, **state.given.arguments(state.layer, self.attention.layer_idx))[0]
+            y: Tensor = self.attention(x, **state.given.given)[0]
         else:
-            y = self._kept(x, state.given, state.layer, keep)
+            y = self._kept(x, state.given, keep)
         return y if self.scale == 1 else y * self.scale
 
     # The three stages that differ between layouts.
@@ -168,14 +148,14 @@ class PretrainedAttention(SequenceMixer):
         """Share of attention weights that training drops."""
         return float(self.attention.attention_dropout) if self.training else 0.0
 
-    def _kept(self, x: Tensor, given: Pass, layer: int, keep: Tensor) -> Tensor:
+    def _kept(self, x: Tensor, given: Pass, keep: Tensor) -> Tensor:
         batch, new, width = x.shape
         keys, values = self.keys_values(x)
         angles = given.given.get("position_embeddings") if getattr(self.attention, "use_rope", True) else None
         if angles is not None:
             angles = tuple(angle.expand(batch, -1, -1) for angle in angles)
             keys = _rotate(keys, *angles)
-        keys, values = given.update(keys.transpose(1, 2), values.transpose(1, 2), layer)
+        keys, values = given.update(keys.transpose(1, 2), values.transpose(1, 2), self.attention.layer_idx)
         rows = keep.flatten().nonzero()[:, 0]
         if not len(rows):
             return torch.zeros_like(x)
@@ -312,10 +292,10 @@ class Runner(nn.Module):
         x: Tensor = given.pop("hidden_states")
         call = Pass(given, x)
         state = self.policy.init_state(len(x))
-        if not isinstance(state, DepthState):
+        if not isinstance(state, DepthState) or len(state.layers) != len(self.policy.blocks):
             raise PartError(f"{type(self.policy).__name__} keeps a state of its own and cannot run pretrained layers")
-        for layer, slot in enumerate(state.layers):
-            slot.given, slot.layer = call, layer  # type: ignore[attr-defined]
+        for slot in state.layers:
+            slot.given = call  # type: ignore[attr-defined]
         x = self.policy(x, state=state, mask=call.real())
         return (x,) if self._in_tuple else x
 

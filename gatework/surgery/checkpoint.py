@@ -89,7 +89,11 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
             model: Any = cls(config)
         model.tie_weights()
         for record in about["conversions"]:
-            convert(model, record["name"], record["arguments"], initialise=False)
+            try:
+                convert(model, record["name"], record["arguments"], initialise=False)
+            except (TypeError, KeyError) as error:
+                where = str(folder / JSON)
+                raise GateworkError(f"{where!r} lists a conversion that this gatework does not know: {error}") from None
     if about["generation_config"] is not None:
         model.generation_config = transformers.GenerationConfig.from_dict(about["generation_config"])
     _fill(model, folder / TENSORS, about["shared"], device)

@@ -20,7 +20,8 @@ from gatework.surgery.layout import describe
 def depth(model: nn.Module, policy: str) -> Conversion:
     """Let a depth policy run a pretrained model's layers, in place.
 
-    The layers become blocks that hold the same modules; the policy's own parameters start as the part does.
+    The layers become blocks that hold the same modules; the policy's own parameters start as the part does. Gradient checkpointing
+    has no effect on layers that a policy runs, and single layers hand out no hidden states.
 
     Args:
         model: a Hugging Face model of a pre-norm layout that :func:`~gatework.surgery.describe` knows, with the attention

@@ -220,6 +220,8 @@ def test_files_that_cannot_be_loaded_are_named_in_one_sentence(tiny, tmp_path):
     fails("has no such model")
     write(conversions=[{"name": "appendectomy", "arguments": {}}])
     fails("there is no conversion 'appendectomy'; there are depth, gateskip, pack")
+    write(conversions=[{"name": "gateskip", "arguments": {"bugdet": 0.5}}])
+    fails("lists a conversion that this gatework does not know")
     write(conversions=[])
     fails("does not fit the model that gatework.json describes")
     write()
