@@ -31,6 +31,7 @@ from sphinx.util.docutils import SphinxRole
 from sphinx.util.nodes import make_refnode
 
 from gatework.bench.comparison import Comparison, Row
+from gatework.bench.study import DEFAULT_VARIANTS
 from gatework.core.contracts import CAPABILITIES, No, capability
 from gatework.core.errors import GateworkError
 from gatework.core.expression import Spec, parse_pattern, parse_settings, show
@@ -109,6 +110,31 @@ def studies(folder: Path | None = None) -> dict[str, Comparison]:
     return found
 
 
+def tables(folder: Path | None = None) -> dict[str, list[list[str]]]:
+    """The tables in the ``README.md`` files under ``results/``: rows of cells, the head first, by the name of the folder.
+
+    A folder with a ``report.json`` is a study and not read here.
+    """
+    folder = folder or ROOT / "results"
+    found = {}
+    for path in sorted(folder.rglob("README.md")):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if set(line) - set("|-: ")]
+        if rows and not (path.parent / "report.json").is_file():
+            found["-".join(path.parent.relative_to(folder).parts)] = rows
+    return found
+
+
+def default_study() -> tuple[list[str], dict[str, str], str]:
+    """The default study's table as the README prints it: the lines above its rows, the rows by variant, what it could have seen."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = next(part for part in re.findall(r"^```text\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL) if "─" in part)
+    head, rest = re.split(r"─+\n", block, maxsplit=1)
+    rows, beneath = rest.split("\n\n", 1)
+    seen = re.match(r"Smallest difference.*?\)\.", beneath, flags=re.DOTALL)
+    return head.splitlines(), {row.split()[0]: row for row in rows.splitlines()}, " ".join(seen[0].split()) if seen else ""
+
+
 def named(value: Any) -> Iterator[str]:
     """Names of the parts in a setting's value, those inside other parts too."""
     if isinstance(value, Spec):
@@ -144,16 +170,27 @@ def figures(comparison: Comparison, rows: Iterable[Row]) -> list[str]:
     return table(head, cells, "figures")
 
 
-def measured(part: str, kept: dict[str, Comparison]) -> list[str]:
-    """A part's rows in the kept studies; one sentence where there are none."""
+def measured(part: str, kept: dict[str, Comparison], others: dict[str, list[list[str]]], default: bool = True) -> list[str]:
+    """A part's rows in the kept studies, in the other kept tables (where the first word of a row is a part's name) and, while it
+    is not among the kept ones, in the default study as the README shows it; one sentence where there are none."""
     out: list[str] = []
     for name, comparison in kept.items():
         rows = [row for row in comparison.rows if row.verdict and holds(row, part)]
         if rows:
             base = next(row for row in comparison.rows if row.verdict is None)
             out += ["", f":doc:`{comparison.title()} </parts/results/{name}>`; {comparison.score_line()}."]
-            out += figures(comparison, [base, *rows])
-            out += [comparison.smallest_line(), ""]
+            out += [*figures(comparison, [base, *rows]), comparison.smallest_line(), ""]
+    for name, (head, *rows) in others.items():
+        mine = [row for row in rows if re.split(r"\W+", row[0])[0] == part]
+        if mine:
+            out += ["", f":doc:`/parts/results/{name}`:", ""]
+            out += table(head, [*(row for row in rows if row[0] in ("base", "baseline")), *mine], "figures")
+    settings = DEFAULT_VARIANTS["decoder"]
+    if default and "default" not in kept and part in settings:
+        above, lines, seen = default_study()
+        if part in lines:
+            out += ["", f"The default study (``make compare``), where this variant is ``{settings[part]}``:"]
+            out += [*block("text", [*above, lines["baseline"], lines[part]]), seen, ""]
     return out or ["", "No result is kept for this part.", ""]
 
 
@@ -248,7 +285,7 @@ def source(paper: Paper | None) -> list[str]:
             f"   {paper.claim}", ""]  # fmt: skip
 
 
-def part_page(entry: Entry, kept: dict[str, Comparison], config: Any) -> list[str]:
+def part_page(entry: Entry, kept: dict[str, Comparison], others: dict[str, list[list[str]]], config: Any) -> list[str]:
     """A part's page."""
     package = entry.cls.__module__.rpartition(".")[0]
     paper = papers().get(entry.paper or "")
@@ -260,7 +297,7 @@ def part_page(entry: Entry, kept: dict[str, Comparison], config: Any) -> list[st
     out += [*heading("Behaviour"), *prose(behaviour, config)] if behaviour else []
     out += shapes(entry)
     out += [*heading("Options"), *options(entry), *heading("How to use it"), *usage(entry), *abilities(entry)]
-    out += [*heading("Source"), *source(paper), *heading("Measured"), *measured(entry.name, kept)]
+    out += [*heading("Source"), *source(paper), *heading("Measured"), *measured(entry.name, kept, others)]
     return [*out, *heading("Class"), f".. autoclass:: {package}.{entry.cls.__name__}", "   :members:", "   :show-inheritance:", ""]
 
 
@@ -367,21 +404,24 @@ def write(path: Path, lines: Iterable[str]) -> Path:
 
 def generate(app: Sphinx) -> None:
     """Write all pages; pages of what is gone are deleted."""
-    docs, kept, known = Path(app.srcdir), studies(), entries()
+    docs, kept, others, known = Path(app.srcdir), studies(), tables(), entries()
     written = []
     families = {family: [entry for entry in known if entry.family == family] for family in sorted({e.family for e in known})}
     for family, members in families.items():
         written.append(write(docs / f"parts/{family}/index.rst", family_page(family, members)))
-        written += [write(docs / f"{page_of(entry.name)}.rst", part_page(entry, kept, app.config)) for entry in members]
+        written += [write(docs / f"{page_of(entry.name)}.rst", part_page(entry, kept, others, app.config)) for entry in members]
     for name, comparison in kept.items():
         written.append(write(docs / f"parts/results/{name}.rst", study_page(name, comparison)))
+    for name in others:
+        path = "/".join(["../../..", "results", *name.split("-"), "README.md"])
+        written.append(write(docs / f"parts/results/{name}.md", ["```{include} " + path, "```"]))
     written.append(write(docs / "parts/papers.rst", papers_page()))
     overview = [*heading("Parts", "="), "A part is one class in one file; its name is its part expression."]
     for family, members in families.items():
         overview += heading(FAMILIES.get(family, family.capitalize()))
         rows = [(f":doc:`{entry.name} </{page_of(entry.name)}>`", escaped(entry.summary)) for entry in members]
         overview += table(("part", "what it is"), rows, "family")
-    pages = [*(f"{family}/index" for family in families), "papers", *(f"results/{name}" for name in kept)]
+    pages = [*(f"{family}/index" for family in families), "papers", *(f"results/{name}" for name in [*kept, *others])]
     written.append(write(docs / "parts/index.rst", [*overview, *tree(pages, ":hidden:")]))
     seen: set[int] = set()
     modules = public_names.modules(app.config.public_modules)
@@ -392,7 +432,7 @@ def generate(app: Sphinx) -> None:
     intro = "The public names by module; parts are described on :doc:`their own pages </parts/index>`."
     written.append(write(docs / "reference/index.rst", [*heading("Reference", "="), intro, *tree(pages, ":maxdepth: 1")]))
     for folder in ("parts", "reference"):
-        for path in set((docs / folder).rglob("*.rst")) - set(written):
+        for path in {path for path in (docs / folder).rglob("*.*") if path.is_file()} - set(written):
             path.unlink()
 
 

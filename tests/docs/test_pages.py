@@ -13,6 +13,7 @@ import docstrings
 import pages
 import pytest
 
+from gatework.bench.study import DEFAULT_VARIANTS
 from gatework.core import check, entries
 from gatework.core.registry import parameters
 
@@ -135,7 +136,7 @@ def kept(tmp_path_factory):
 
 @pytest.mark.parametrize(("part", "variant"), [("gla", "gla"), ("moe", "moe"), ("topk", "moe"), ("versatile_ffn", "wide")])
 def test_a_kept_study_is_shown_on_the_pages_of_its_parts(kept, part, variant):
-    shown = "\n".join(pages.measured(part, kept))
+    shown = "\n".join(pages.measured(part, kept, {}, default=False))
     assert re.findall(r"^   \* - (\S+)$", shown, flags=re.MULTILINE) == ["variant", "baseline", variant]
     row = next(row for row in kept["text-big"].rows if row.name == variant)
     assert row.verdict.word in shown
@@ -146,7 +147,7 @@ def test_a_kept_study_is_shown_on_the_pages_of_its_parts(kept, part, variant):
 
 @pytest.mark.parametrize("part", ["golu", "glu", "attention", "k"])
 def test_a_part_that_no_kept_variant_names_has_no_figures(kept, part):
-    assert pages.measured(part, kept) == ["", "No result is kept for this part.", ""]
+    assert pages.measured(part, kept, {}, default=False) == ["", "No result is kept for this part.", ""]
 
 
 def test_the_page_of_a_kept_study_has_every_variant_and_what_went_wrong(kept):
@@ -155,3 +156,24 @@ def test_the_page_of_a_kept_study_has_every_variant_and_what_went_wrong(kept):
         assert f"   * - {row.name}\n" in text
     assert "diverged" in text
     assert "worse than the baseline: gla" in text
+
+
+def test_a_kept_table_is_shown_on_the_pages_of_the_parts_that_its_rows_begin_with(tmp_path):
+    (tmp_path / "surgery").mkdir()
+    text = "# Kept\n\n| conversion | loss |\n|---|---:|\n| base | 3.1 |\n| gateskip, budget 0.5 | 3.2 |\n| ternary | 4 |\n\nEnd.\n"
+    (tmp_path / "surgery" / "README.md").write_text(text, encoding="utf-8")
+    others = pages.tables(tmp_path)
+    assert others["surgery"][0] == ["conversion", "loss"]
+    shown = "\n".join(pages.measured("gateskip", {}, others, default=False))
+    assert re.findall(r"^   \* - (.+)$", shown, flags=re.MULTILINE) == ["conversion", "base", "gateskip, budget 0.5"]
+    assert pages.measured("budget", {}, others) == pages.measured("glu", {}, others) == ["", "No result is kept for this part.", ""]
+
+
+def test_the_default_study_is_read_from_the_readme():
+    above, rows, seen = pages.default_study()
+    assert any("verdict" in line for line in above)
+    assert set(rows) == {"baseline", *DEFAULT_VARIANTS["decoder"]}
+    assert re.fullmatch(r"Smallest difference this study could have seen: [\d.]+ \(.*\)\.", seen)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(row in readme for row in rows.values())
+    assert rows["gla"] in "\n".join(pages.measured("gla", {}, {})).replace("\n   ", "\n")
