@@ -45,7 +45,7 @@ def save(path: str | Path, tree: Any, about: Mapping[str, Any] | None = None) ->
 
     path = Path(path)
     tensors: dict[str, Tensor] = {}
-    shape = _flatten(tree, "", tensors)
+    shape = _flatten(tree, "", tensors, {})
     metadata = {"format": _FORMAT, "tree": json.dumps(shape), "about": json.dumps(dict(about or {}))}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -126,18 +126,21 @@ def _check(path: Path) -> None:
         raise CheckpointError(f"the checkpoint {str(path)!r} is truncated: it has {size} bytes of {whole}")
 
 
-def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The JSON form of a tree; tensors go to ``tensors`` (clones of what would share memory)."""
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor], places: dict[Any, str]) -> Any:
+    """The JSON form of a tree; tensors go to ``tensors`` as clones, one that stands in several places once."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().clone().contiguous()
-        return {"tensor": path}
+        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        known = places.setdefault(place, path) if value.numel() else path
+        if known == path:
+            tensors[path] = value.detach().cpu().clone().contiguous()
+        return {"tensor": known}
     if isinstance(value, Mapping):
-        items = [[key, _flatten(item, f"{path}/{key}".lstrip("/"), tensors)] for key, item in value.items()]
+        items = [[key, _flatten(item, f"{path}/{key}".lstrip("/"), tensors, places)] for key, item in value.items()]
         if not all(isinstance(key, str | int) for key, _ in items):
             raise TypeError(f"a checkpoint's keys are texts and integers: {path}")
         return {"dict": items}
     if isinstance(value, list | tuple):
-        items = [_flatten(item, f"{path}/{index}".lstrip("/"), tensors) for index, item in enumerate(value)]
+        items = [_flatten(item, f"{path}/{index}".lstrip("/"), tensors, places) for index, item in enumerate(value)]
         return {"list" if isinstance(value, list) else "tuple": items}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}

@@ -263,7 +263,7 @@ def test_every_weight_starts_with_its_own_spread(kind, init):
     model = nn.Sequential(nn.Linear(60, 80), nn.Linear(80, 100), nn.Embedding(50, 60)).double()
     with torch.no_grad():
         model[1].weight.mul_(10)
-    spreads, total = [p.detach().std() for p in model.parameters() if p.dim() == 2], sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    spreads, total = [layer.weight.detach().std() for layer in model], sum(layer.weight.numel() for layer in model)
     weights.apply(model, "*", SharedArray(ratio=0.3, map=kind, init=init, tile=(4, 4)))
     psi = model[0].parametrizations.weight.original
     wanted = 3**0.5 * math.sqrt(sum(float(s) ** 2 * n for s, n in zip(spreads, (4800, 8000, 3000), strict=True)) / total)
@@ -363,3 +363,18 @@ def test_refusals():
     nn.init.zeros_(zeros[1].weight)
     said = "a weight of shape (9, 9) has equal entries, so that its spread is 0; leave it out"
     assert refusal(zeros, "stable_rps") == said
+
+
+def test_a_checkpoint_of_the_bench_holds_the_array_once(tmp_path):
+    from gatework.bench import checkpoint
+
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(6))).double()
+    weights.apply(model, "*", SharedArray(ratio=0.5))
+    checkpoint.save(tmp_path / "m.safetensors", model.state_dict())
+    size = 8 * 6 * 32 * 32 // 2
+    assert (tmp_path / "m.safetensors").stat().st_size < 2 * size + 12_000  # The array and the scale of its gradient.
+    other = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(6))).double()
+    weights.apply(other, "*", SharedArray(ratio=0.5, seed=4))
+    other.load_state_dict(checkpoint.load(tmp_path / "m.safetensors"))
+    x = torch.randn(3, 32, dtype=torch.float64)
+    assert torch.equal(other(x), model(x))
