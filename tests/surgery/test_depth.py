@@ -277,6 +277,43 @@ def test_a_kept_tokens_gradient_is_that_of_the_masked_sum(left_padded, skipping)
             close(p.grad, gathered[name], 1e-9)
 
 
+def test_gates_that_start_from_batches_rank_tokens_by_what_the_branch_adds(tiny, tokens):
+    model = tiny("llama")
+    ids = tokens(4, 60)
+    before = logits(model, ids)
+    conversion = surgery.gateskip(model, budget=0.5, batches=[ids[:2], ids[2:]])
+    # The spread of 0.1 in the logits changes gates by about 0.1 sigmoid'(5) = 0.0007.
+    assert 0 < float((logits(model, ids) - before).abs().max()) < 0.02 * float(before.abs().max())
+    seen = {}
+    for branch in ("mixer", "feedforward"):
+        part = getattr(conversion.part.blocks[0], branch)
+        part.register_forward_hook(lambda _, given, y, branch=branch: seen.update({branch: (given[0], y)}))
+    logits(model, ids)
+    for branch, (u, y) in seen.items():
+        gate = conversion.part.gates[0][branch].out
+        rank, size = (gate(u)[..., 0].detach() - 5).flatten(), y.norm(dim=-1).log().flatten()
+        assert float(torch.corrcoef(torch.stack([rank, size]))[0, 1]) > 0.3
+        assert abs(float(rank.mean())) < 1e-6
+        # Ridge regression: no other direction lowers the penalised error.
+        weight = gate.weight[0].detach().double() / 0.1
+        centred, wanted = u.flatten(0, 1) - u.flatten(0, 1).mean(0), (size - size.mean()) / size.std()
+        penalty = 0.01 * centred.square().sum() / len(weight)
+        slope = centred.T @ (centred @ weight - wanted) + penalty * weight
+        assert float(slope.abs().max()) < 1e-6 * float((centred.T @ wanted).abs().max())
+
+
+@pytest.mark.parametrize(("settings", "reason"), [
+    ({"batches": []}, "at least as many as the model has channels, 24, not 0"),
+    ({"batches": [torch.ones(1, 9, dtype=torch.long)]}, "channels, 24, not 9"),
+    ({"batches": [torch.ones(1, 90, dtype=torch.long)], "gate_form": "mlp"}, "form mlp cannot start from batches"),
+])
+def test_batches_that_tell_nothing_are_refused_and_the_model_is_left_alone(settings, reason, tiny):
+    model = tiny("llama")
+    with pytest.raises(PartError, match=reason):
+        surgery.gateskip(model, **settings)
+    assert surgery.describe(model).policy is None
+
+
 # What cannot be run.
 
 
