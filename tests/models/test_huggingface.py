@@ -188,14 +188,20 @@ def test_wrong_inputs_meet_one_sentence(make):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("settings", [{"mixer": "gla, attention(window=4)"}, {"mixer": "gated_attention", "feedforward": "mlp"}])
-def test_compiled_forward_equals_eager(make, settings):
-    model, x = make(torch.float32, **settings), tokens()
+def test_compiled_forward_equals_eager(make):
+    model, x = make(torch.float32, layers=1), tokens()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.compile
+def test_one_graph_with_padding_and_in_training(make):
+    model, x = make(torch.float32, mixer="gla, gated_attention(window=4)", feedforward="glu, mlp"), tokens()
     mask = torch.ones_like(x)
     mask[0, :4] = 0
-    compiled = torch.compile(model, fullgraph=True)
-    for arguments in ({}, {"attention_mask": mask}):
-        torch.testing.assert_close(compiled(x, **arguments).logits, model(x, **arguments).logits, rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # The graphs, without generating code for them.
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, attention_mask=mask).logits, model(x, attention_mask=mask).logits)
     model.train()
     found = []
     for run in (model, compiled):
@@ -203,7 +209,7 @@ def test_compiled_forward_equals_eager(make, settings):
         loss = run(x, labels=x).loss
         loss.backward()
         found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_models_import_no_transformers_and_name_the_extra():
