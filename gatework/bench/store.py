@@ -1,7 +1,8 @@
 """The store of a study: an Optuna RDB storage that any number of processes take trials from, none twice.
 
 Every trial is planned up front under a key (``tune/wide/2``, ``final/wide/seed0``) and is one row for its whole
-life: WAITING, RUNNING, then COMPLETE (ok), PRUNED (diverged) or FAIL (failed). A trial is claimed, and a killed
+life: WAITING, RUNNING, then COMPLETE (ok), PRUNED (diverged) or FAIL (failed). What gatework needs to know of it are
+system attributes; its user attributes are for people, in tools that show the storage. A trial is claimed, and a killed
 worker's trial is given back, by one conditional UPDATE, which is atomic on every database. (Optuna's own
 ``set_trial_state_values`` reads and then writes, and under SQLite two processes can both pass the reading.) The
 result of a key is what is written first; a finished row never changes.
@@ -19,7 +20,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ from gatework.core.errors import GateworkError
 
 #: Seconds without a sign of life after which a worker on another machine is given up.
 GRACE = 90.0
+#: Seconds after which a database server that does not answer is given up.
+TIMEOUT = 20
 
 _TRIALS = sql.table(
     "trials", sql.column("trial_id"), sql.column("state"), sql.column("datetime_start"), sql.column("datetime_complete")
 )
-_ATTRIBUTES = sql.table("trial_user_attributes", sql.column("trial_id"), sql.column("key"), sql.column("value_json"))
+_ATTRIBUTES = sql.table("trial_system_attributes", sql.column("trial_id"), sql.column("key"), sql.column("value_json"))
 _VALUES = sql.table("trial_values", sql.column("trial_id"))
 _STATES = {"ok": TrialState.COMPLETE, "diverged": TrialState.PRUNED, "failed": TrialState.FAIL}
 
@@ -92,31 +95,37 @@ class Store:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.url = url
         self._storage = _connect(url, create)
+        self._seen: dict[int, tuple[Any, float]] = {}
+        try:
+            self.name, self._study = self._open(name, create, lower_is_better)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, name: str | None, create: bool, lower_is_better: bool) -> tuple[str, int]:
         if name is None:
-            names = study_names(self._storage)
+            names = _names(self._storage)
             if len(names) != 1:
                 listed = ", ".join(names) or "no study"
                 raise GateworkError(f"the store holds {listed}; name one with --study")
             name = names[0]
-        self.name = name
         try:
-            self._study = self._storage.get_study_id_from_name(name)
+            return name, self._storage.get_study_id_from_name(name)
         except KeyError:
             if not create:
-                there = ", ".join(study_names(self._storage)) or "none"
+                there = ", ".join(_names(self._storage)) or "none"
                 raise GateworkError(f"the store has no study {name!r}; it holds {there}") from None
             direction = StudyDirection.MINIMIZE if lower_is_better else StudyDirection.MAXIMIZE
             try:
-                self._study = self._storage.create_new_study([direction], name)
+                return name, self._storage.create_new_study([direction], name)
             except DuplicatedStudyError:  # Another process was faster.
-                self._study = self._storage.get_study_id_from_name(name)
-        self._seen: dict[int, tuple[Any, float]] = {}
+                return name, self._storage.get_study_id_from_name(name)
 
     # What the study is
 
     def definition(self) -> dict[str, Any]:
         """What :meth:`define` wrote; empty before."""
-        definition: dict[str, Any] = self._storage.get_study_user_attrs(self._study).get("definition", {})
+        definition: dict[str, Any] = self._storage.get_study_system_attrs(self._study).get("definition", {})
         return definition
 
     def define(self, definition: Mapping[str, Any]) -> None:
@@ -131,7 +140,12 @@ class Store:
                 f"the study {self.name!r} exists with another configuration "
                 f"({known['config_hash']}, not {definition['config_hash']}); choose another --name or --out"
             )
-        self._storage.set_study_user_attr(self._study, "definition", dict(definition))
+        self._storage.set_study_system_attr(self._study, "definition", dict(definition))
+        for name in ("task", "baseline", "variants", "tokens"):  # For people, in tools that show the storage.
+            if name in definition:
+                self._storage.set_study_user_attr(self._study, name, definition[name])
+        if "score" in definition:
+            self._storage.set_study_system_attr(self._study, "study:metric_names", [definition["score"]["name"]])
 
     def plan(self, plans: Iterable[Plan]) -> None:
         """Enter the trials whose keys are not there yet, in order. Where two processes enter one key, the first row
@@ -149,10 +163,11 @@ class Store:
                 state=TrialState.WAITING,
                 params=params,
                 distributions=distributions,
-                user_attrs={"plan": dict(vars(plan))} | {name: getattr(plan, name) for name in ("variant", "phase", "seed")},
+                user_attrs={name: getattr(plan, name) for name in ("variant", "phase", "seed")},
+                system_attrs={"plan": dict(vars(plan))},
             )
             self._storage.create_new_trial(self._study, template)
-        self._storage.set_study_user_attr(self._study, "planned", len(self.trials()))
+        self._storage.set_study_system_attr(self._study, "planned", len(self.trials()))
 
     # Trials
 
@@ -160,14 +175,14 @@ class Store:
         """All planned trials, in the order of the plan."""
         found: dict[str, Trial] = {}
         for row in sorted(self._storage.get_all_trials(self._study, deepcopy=False), key=lambda row: row.number):
-            if "plan" in row.user_attrs:
+            if "plan" in row.system_attrs:
                 trial = _trial(row)
                 found.setdefault(trial.plan.key, trial)
         return list(found.values())
 
     def finished(self) -> bool:
         """Whether every planned trial has its result; not while the plan is still being entered."""
-        planned = self._storage.get_study_user_attrs(self._study).get("planned")
+        planned = self._storage.get_study_system_attrs(self._study).get("planned")
         trials = self.trials()
         return planned is not None and len(trials) >= planned and all(trial.finished for trial in trials)
 
@@ -244,12 +259,14 @@ class Store:
         """Say how far a running trial is; ``beat`` in it must grow from call to call."""
         # Finished: somebody gave this worker up and was faster.
         with contextlib.suppress(UpdateFinishedTrialError):
-            self._storage.set_trial_user_attr(trial.id, "progress", dict(progress))
+            self._storage.set_trial_system_attr(trial.id, "progress", dict(progress))
 
     def finish(self, trial: Trial, record: Mapping[str, Any]) -> bool:
         """Enter a trial's record; False where another process had finished the trial before."""
         try:
-            self._storage.set_trial_user_attr(trial.id, "record", dict(record))
+            self._storage.set_trial_system_attr(trial.id, "record", dict(record))
+            for name in ("learning_rate", "score"):
+                self._storage.set_trial_user_attr(trial.id, name, record.get(name))
             values = [float(record["score"])] if record["status"] == "ok" else None
             return self._storage.set_trial_state_values(trial.id, _STATES[record["status"]], values)
         except UpdateFinishedTrialError:
@@ -276,12 +293,11 @@ class Store:
 
     def close(self) -> None:
         """Let go of the database."""
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+        _close(self._storage)
 
 
 def _trial(row: FrozenTrial) -> Trial:
-    attributes = row.user_attrs
+    attributes = row.system_attrs
     # An attribute of a trial that was given back outlives its state: only a finished trial has a record, only a
     # running one an owner.
     record = attributes.get("record") if row.state.is_finished() else None
@@ -300,11 +316,12 @@ def _connect(url: str, create: bool) -> RDBStorage:
     if url.startswith("sqlite"):
         options: dict[str, Any] = {"connect_args": {"timeout": 60}}
     elif url.startswith("postgresql+psycopg:"):
-        options = {"connect_args": {"connect_timeout": 20}, "pool_pre_ping": True}
+        options = {"connect_args": {"connect_timeout": TIMEOUT}, "pool_pre_ping": True}
     else:
         options = {"pool_pre_ping": True}
     try:
-        return RDBStorage(url, engine_kwargs=options)
+        with _alone(url):
+            return RDBStorage(url, engine_kwargs=options)
     except ImportError as error:
         cause = error.__cause__ or error.__context__ or error  # Optuna wraps it.
         missing = getattr(cause, "name", None)
@@ -326,11 +343,34 @@ def storage_error(error: Exception) -> str | None:
     return None
 
 
-def study_names(storage: RDBStorage | str) -> list[str]:
+def study_names(url: str) -> list[str]:
     """The names of all studies in a storage."""
-    if isinstance(storage, str):
-        storage = _connect(storage, create=False)
+    storage = _connect(url, create=False)
+    try:
+        return _names(storage)
+    finally:
+        _close(storage)
+
+
+def _names(storage: RDBStorage) -> list[str]:
     return sorted(study.study_name for study in storage.get_all_studies())
+
+
+def _close(storage: RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+@contextlib.contextmanager
+def _alone(url: str) -> Iterator[None]:
+    """Nobody else opens this PostgreSQL database meanwhile: two that made its tables at once would fail."""
+    if not url.startswith("postgresql+psycopg:"):
+        yield
+        return
+    engine = sql.create_engine(url, poolclass=sql.NullPool, connect_args={"connect_timeout": TIMEOUT})
+    with engine.connect() as connection:
+        connection.execute(sql.text("SELECT pg_advisory_xact_lock(hashtext('gatework'))"))
+        yield
 
 
 def _first_line(error: BaseException) -> str:

@@ -212,8 +212,8 @@ def test_three_machines_of_which_one_dies(url, tmp_path, monkeypatch):
     rows = store._storage.get_all_trials(store._study)
     assert len(rows) == TRIALS
     assert {row.state.name for row in rows} == {"COMPLETE"}
-    again = next(row for row in rows if row.user_attrs["plan"]["key"] == lost.plan.key)
-    assert again.user_attrs["owner"]["host"] in ("two", "three")
+    again = next(row for row in rows if row.system_attrs["plan"]["key"] == lost.plan.key)
+    assert again.system_attrs["owner"]["host"] in ("two", "three")
     store.close()
     shared = resume("runs/study", quiet=True)
     assert results(shared.records) == results(whole.records)

@@ -55,7 +55,7 @@ def test_a_key_entered_twice_by_a_race_counts_once(store):
     double = dataclasses.replace(plans()[0], index=7)
     store.plan([dataclasses.replace(double, key="new")])
     store._storage.create_new_trial(
-        store._study, optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"plan": vars(double)})
+        store._study, optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"plan": vars(double)})
     )
     found = [t for t in store.trials() if t.plan.key == double.key]
     assert len(found) == 1
