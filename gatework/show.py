@@ -149,6 +149,11 @@ def profile_part(expression: str, d_model: int, tokens: int, batch_size: int, he
     elif slot == "depth":
         mixer, feedforward = (lambda: build("attention", "mixer", **context)), (lambda: build("glu", "feedforward", **context))
         context["blocks"] = nn.ModuleList(Block(mixer(), feedforward(), d_model) for _ in range(4))
+    elif slot == "weight":
+        raise GateworkError(
+            f"{spec.name} is a weight, which costs what the model around it makes of it; "
+            f'compare models with gatework compare --variant NAME="weight={spec}"'
+        )
     elif slot not in ("activation", "feedforward", "mixer"):
         article = "an" if slot[0] in "aeiou" else "a"
         raise GateworkError(

@@ -234,6 +234,7 @@ WRONG = [
     (["profile", "attention(heads=3)", "--d-model", "32"], "attention: "),
     (["profile", "attention", "--tokens", "0"], "--tokens must be at least 1"),
     (["profile", "adamw"], "adamw is an optim, which has no cost of its own"),
+    (["profile", "ternary"], "ternary is a weight, which costs what the model around it makes of it"),
     (["profile", "glu(hidden=3)"], "glu has no argument 'hidden'"),
     (["nonsense"], "nonsense"),
     ([], "(Expected one of|required)"),
