@@ -21,6 +21,7 @@ from gatework.core.contracts import State, losses
 from gatework.core.errors import GateworkError
 from gatework.core.expression import parse_pattern
 from gatework.core.registry import check
+from gatework.depth.stack import Stack
 from gatework.mixers.base import KVCache
 from gatework.models.decoder import Decoder
 
@@ -228,6 +229,9 @@ class GateworkForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: GateworkConfig) -> None:
         super().__init__(config)
         self.model = config.build()
+        if type(self.model.depth) is not Stack:
+            # Sharding gathers a module's weights where its forward is called, and other policies run the blocks' branches alone.
+            self._no_split_modules = [type(self.model.depth).__name__]
         if self.model.embedding.weight.is_meta:
             # Loading fills one tensor by name after the other and ties afterwards.
             self.model.head.weight = nn.Parameter(self.model.head.weight.detach())

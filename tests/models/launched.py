@@ -58,6 +58,8 @@ def main(models: dict[str, dict], folder: Path) -> None:
         state.distributed_type = DistributedType.MULTI_GPU
     accelerator = Accelerator(cpu=True)
     for name, settings in models.items():
+        if accelerator.is_fsdp2:
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = None  # The plugin would keep the first model's.
         (folder / name).mkdir(exist_ok=True)
         train(accelerator, settings, folder / name)
     accelerator.end_training()
