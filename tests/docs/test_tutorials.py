@@ -49,7 +49,8 @@ def check(page: str, folder: Path) -> None:
         assert same, f"{block}\nprints\n{printed}\nand the page shows\n{shown}"
 
 
-SLOW = {"surgery"}  # Reads, converts and writes a model of 135 million parameters.
+#: Over ten seconds: those that start workers, import transformers, or read a model of 135 million parameters.
+SLOW = {"hugging_face", "many_machines", "own_data", "surgery"}
 PAGES = [
     pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SLOW else [])
     for page in sorted((DOCS / "tutorials").glob("*.md"))
