@@ -296,7 +296,7 @@ def test_gates_that_start_from_batches_rank_tokens_by_what_the_branch_adds(tiny,
         assert abs(float(rank.mean())) < 1e-6
         # Ridge regression: no other direction lowers the penalised error.
         weight = gate.weight[0].detach().double() / 0.1
-        centred, wanted = u.flatten(0, 1) - u.flatten(0, 1).mean(0), (size - size.mean()) / size.std()
+        centred, wanted = u.flatten(0, 1) - u.flatten(0, 1).mean(0), (size - size.mean()) / size.std(correction=0)
         penalty = 0.01 * centred.square().sum() / len(weight)
         slope = centred.T @ (centred @ weight - wanted) + penalty * weight
         assert float(slope.abs().max()) < 1e-6 * float((centred.T @ wanted).abs().max())
