@@ -192,7 +192,8 @@ def table(rows: list[dict[str, Any]], settings: Settings) -> str:
         )
     starts = [f"{row['largest_change_of_logits']:.1g} ({row['name']})" for row in rows if row["name"].startswith("gateskip")]
     if starts:
-        lines += ["", "Skip gates skip nothing before training; the largest change of a logit by their start:", f"{', '.join(starts)}."]
+        lines += ["", "Skip gates skip nothing before training; the largest change of a logit by their start:"]
+        lines += [f"{', '.join(starts)}."]
         lines += ["Gates start by ranking tokens on 4 training batches, except those from 0 and of budget 1."]
     return "\n".join(lines) + "\n"
 

@@ -299,7 +299,9 @@ def test_gates_that_start_from_batches_rank_tokens_by_what_the_branch_adds(tiny,
         centred, wanted = u.flatten(0, 1) - u.flatten(0, 1).mean(0), (size - size.mean()) / size.std(correction=0)
         penalty = 0.01 * centred.square().sum() / len(weight)
         slope = centred.T @ (centred @ weight - wanted) + penalty * weight
-        assert float(slope.abs().max()) < 1e-6 * float((centred.T @ wanted).abs().max())
+        # The first feed-forward reads a stream that the first mixer's gate has already moved a little.
+        tolerance = 1e-9 if branch == "mixer" else 1e-3
+        assert float(slope.abs().max()) < tolerance * float((centred.T @ wanted).abs().max())
 
 
 @pytest.mark.parametrize(("settings", "reason"), [
