@@ -171,8 +171,8 @@ def figures(comparison: Comparison, rows: Iterable[Row]) -> list[str]:
 
 
 def measured(part: str, kept: dict[str, Comparison], others: dict[str, list[list[str]]], default: bool = True) -> list[str]:
-    """A part's rows in the kept studies, in the other kept tables (where the first word of a row is a part's name) and, while it
-    is not among the kept ones, in the default study as the README shows it; one sentence where there are none."""
+    """A part's rows in the kept studies, in the other kept tables (where a row's first word, or the folder, is its name) and,
+    while that study is not kept, in the default study as the README shows it; one sentence where there are none."""
     out: list[str] = []
     for name, comparison in kept.items():
         rows = [row for row in comparison.rows if row.verdict and holds(row, part)]
@@ -181,10 +181,10 @@ def measured(part: str, kept: dict[str, Comparison], others: dict[str, list[list
             out += ["", f":doc:`{comparison.title()} </parts/results/{name}>`; {comparison.score_line()}."]
             out += [*figures(comparison, [base, *rows]), comparison.smallest_line(), ""]
     for name, (head, *rows) in others.items():
-        mine = [row for row in rows if re.split(r"\W+", row[0])[0] == part]
+        mine = [row for row in rows if name == part or re.split(r"\W+", row[0])[0] == part]
         if mine:
             out += ["", f":doc:`/parts/results/{name}`:", ""]
-            out += table(head, [*(row for row in rows if row[0] in ("base", "baseline")), *mine], "figures")
+            out += table([escaped(cell) for cell in head], [*(row for row in rows if row[0] in ("base", "baseline")), *mine])
     settings = DEFAULT_VARIANTS["decoder"]
     if default and "default" not in kept and part in settings:
         above, lines, seen = default_study()
@@ -412,9 +412,12 @@ def generate(app: Sphinx) -> None:
         written += [write(docs / f"{page_of(entry.name)}.rst", part_page(entry, kept, others, app.config)) for entry in members]
     for name, comparison in kept.items():
         written.append(write(docs / f"parts/results/{name}.rst", study_page(name, comparison)))
-    for name in others:
-        path = "/".join(["../../..", "results", *name.split("-"), "README.md"])
-        written.append(write(docs / f"parts/results/{name}.md", ["```{include} " + path, "```"]))
+    for path in (ROOT / "results").rglob("README.md"):
+        name = "-".join(path.parent.relative_to(ROOT / "results").parts)
+        if name in others:
+            # Links to the files beside it lead nowhere from here: their words stay.
+            text = re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", path.read_text(encoding="utf-8"))
+            written.append(write(docs / f"parts/results/{name}.md", text.splitlines()))
     written.append(write(docs / "parts/papers.rst", papers_page()))
     overview = [*heading("Parts", "="), "A part is one class in one file; its name is its part expression."]
     for family, members in families.items():
