@@ -72,7 +72,7 @@ class Settings:
     new_tokens: int = 32
 
 
-QUICK = Settings(steps=2, batch=10, length=64, windows=1, window=64, repeats=1, new_tokens=4)
+QUICK = Settings(steps=2, batch=1, length=32, windows=1, window=64, repeats=1, new_tokens=4)
 
 
 class Text:
@@ -138,15 +138,14 @@ def measure(name: str, base: Any, text: Text, settings: Settings) -> dict[str, A
     torch.manual_seed(0)
     model = copy.deepcopy(base)
     start = text.held_out[:1, :64]
-    batches = text.batches()
     with torch.no_grad():
         before = model(start).logits
-        report = row.convert(model, batches[:4])
+        report = row.convert(model, [text.train[:1024].view(8, 128)])
         shift = (model(start).logits - before).abs().max().item()
     result: dict[str, Any] = {"name": name, "report": str(report) if report else None, "largest_change_of_logits": shift}
     result["loss_converted"] = text.loss(model)
     result["flops_converted"] = cost(model, text, Settings(repeats=1, new_tokens=1))["flops_per_token"]
-    values = surgery.distill(model, base, batches, settings.steps, lr=row.lr)
+    values = surgery.distill(model, base, text.batches(), settings.steps, lr=row.lr)
     result["objective"] = values
     result["loss_distilled"] = text.loss(model)
     result["parameters"] = count_parameters(model)
@@ -194,7 +193,7 @@ def table(rows: list[dict[str, Any]], settings: Settings) -> str:
     if starts:
         lines += ["", "Skip gates skip nothing before training; the largest change of a logit by their start:"]
         lines += [f"{', '.join(starts)}."]
-        lines += ["Gates start by ranking tokens on 4 training batches, except those from 0 and of budget 1."]
+        lines += ["Gates start by ranking 1,024 training tokens, except those from 0 and of budget 1."]
     return "\n".join(lines) + "\n"
 
 
