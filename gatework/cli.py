@@ -115,6 +115,8 @@ class Resume:
 
     folder: Annotated[Positional[str], arg(metavar="FOLDER")]
     """Folder of the study, such as runs/mybook."""
+    store: str | None = None
+    """URL of the store, where it has a password (which study.json does not keep) or has moved."""
     workers: Number = None
     """Processes side by side; default: one per core."""
 
@@ -123,7 +125,7 @@ class Resume:
         from gatework.bench import resume
 
         workers = _number("workers", self.workers)
-        return _show(lambda: resume(self.folder, workers=None if workers is None else int(workers), strict=True))
+        return _show(lambda: resume(self.folder, store=self.store, workers=None if workers is None else int(workers), strict=True))
 
 
 @dataclass

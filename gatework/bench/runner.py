@@ -18,7 +18,7 @@ from gatework.bench.matching import match
 from gatework.bench.progress import Display
 from gatework.bench.record import read_json, versions, write_json
 from gatework.bench.settings import read_toml
-from gatework.bench.store import Plan, Store, Trial, storage_error
+from gatework.bench.store import Plan, Store, Trial, storage_error, without_password
 from gatework.bench.study import Study
 from gatework.bench.worker import PARENT, STORE, one_thread, reload, take_trials
 from gatework.core.errors import GateworkError
@@ -95,8 +95,15 @@ def compare(
         return _run(study, folder, store, workers, device or default_device(), save, quiet, strict)
 
 
-def resume(out: str | Path, *, workers: int | None = None, quiet: bool = False, strict: bool = False) -> Comparison:
+def resume(
+    out: str | Path, *, store: str | None = None, workers: int | None = None, quiet: bool = False, strict: bool = False
+) -> Comparison:
     """Continue a study where it stopped; failed trials are tried again.
+
+    Args:
+        out: folder of the study.
+        store: URL of the store, where it has a password (which ``study.json`` does not keep) or has moved.
+        workers, quiet, strict: as in :func:`compare`.
 
     Raises:
         GateworkError: there is no study in ``out``, or its data have changed.
@@ -107,7 +114,7 @@ def resume(out: str | Path, *, workers: int | None = None, quiet: bool = False, 
         raise GateworkError(f"{str(folder / 'study.json')!r} does not describe a study that can be continued")
     study, _ = reload(definition)
     with one_thread():
-        url, device, save = definition["store"], definition["device"], definition["save"]
+        url, device, save = store or definition["store"], definition["device"], definition["save"]
         return _run(study, folder, url, workers, device, save, quiet, strict, retry=True)
 
 
@@ -211,7 +218,7 @@ def _define(
         "data_hash": study.data_hash,
         "definition": study.describe(),
         "versions": versions(),
-        "store": url,
+        "store": url and without_password(url),
         "out": str(folder.absolute()),
         "device": device,
         "save": save,

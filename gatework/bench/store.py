@@ -377,6 +377,11 @@ def _first_line(error: BaseException) -> str:
     return str(getattr(error, "orig", None) or error).strip().split("\n")[0]
 
 
+def without_password(url: str) -> str:
+    """The URL as it may be written down."""
+    return sql.make_url(url)._replace(password=None).render_as_string(hide_password=False)
+
+
 def _hide(url: str) -> str:
     try:
         return repr(sql.make_url(url).render_as_string(hide_password=True))

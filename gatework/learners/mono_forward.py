@@ -38,7 +38,7 @@ See = Callable[[int, Tensor], None]
 
 @register("mono_forward", paper="mono_forward")
 class MonoForward(Learner):
-    """Each block has a projection to the classes and learns from the loss of that projection alone.
+    """Each block learns from the loss of its own projection to the classes.
 
     The gradients of a block come and go before the next block runs, so that the activations of one block at a time are
     kept, whatever the depth. The model has to run each of its ``blocks`` once per pass, first to last.

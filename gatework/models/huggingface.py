@@ -46,8 +46,8 @@ class GateworkConfig(PreTrainedConfig):
     Args:
         vocab_size, d_model, layers, heads, d_ff, tie_embeddings: as in :class:`~gatework.models.Decoder`; also under the usual
             names ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``intermediate_size``, ``tie_word_embeddings``.
-        mixer, feedforward, depth: part expressions; the first two may be patterns, as in ``"gla, gla, attention"``. They are
-            checked here, and stored in their canonical form.
+        mixer, feedforward, depth, weight: part expressions; the first two may be patterns, as in ``"gla, gla, attention"``. They
+            are checked here, and stored in their canonical form.
         format: format of the checkpoint that this configuration belongs to.
         **kwargs: what every ``transformers`` configuration takes (``pad_token_id``, ``eos_token_id``, ``dtype``, ...).
 
@@ -78,6 +78,7 @@ class GateworkConfig(PreTrainedConfig):
         feedforward: str = "glu",
         depth: str = "stack",
         tie_embeddings: bool = True,
+        weight: str | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
@@ -90,13 +91,14 @@ class GateworkConfig(PreTrainedConfig):
         self.vocab_size, self.d_model, self.layers, self.heads, self.d_ff = vocab_size, d_model, layers, heads, d_ff
         self.mixer, self.feedforward = _pattern(mixer, "mixer"), _pattern(feedforward, "feedforward")
         self.depth = str(check(depth, "depth"))
+        self.weight = None if weight is None else str(check(weight, "weight"))
         self.tie_embeddings = tie_embeddings
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         super().__init__(**kwargs)
 
     def build(self) -> Decoder:
         """A new decoder of these settings."""
-        names = ("vocab_size", "d_model", "layers", "heads", "d_ff", "mixer", "feedforward", "depth", "tie_embeddings")
+        names = ("vocab_size", "d_model", "layers", "heads", "d_ff", "mixer", "feedforward", "depth", "tie_embeddings", "weight")
         return Decoder(**{name: getattr(self, name) for name in names})
 
 
@@ -216,6 +218,9 @@ class GateworkForCausalLM(PreTrainedModel, GenerationMixin):
 
     Args:
         config: the settings.
+
+    Raises:
+        GateworkError: a ``weight`` part whose weights share an array (``stable_rps``, ``roast``).
     """
 
     config_class = GateworkConfig
@@ -229,6 +234,10 @@ class GateworkForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: GateworkConfig) -> None:
         super().__init__(config)
         self.model = config.build()
+        shared = list(self.model.named_buffers(remove_duplicate=False))
+        if len({id(buffer) for _, buffer in shared}) < len(shared):
+            wanted = "which a transformers checkpoint cannot hold"
+            raise GateworkError(f"weight={config.weight} keeps one array for many weights, {wanted}")
         if type(self.model.depth) is not Stack:
             # Sharding gathers a module's weights where its forward is called, and other policies run the blocks' branches alone.
             self._no_split_modules = [type(self.model.depth).__name__]

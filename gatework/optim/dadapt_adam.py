@@ -42,11 +42,12 @@ SHARED, STATE = ("betas", "bias_correction", "growth_rate"), ("d", "numerator", 
 
 @register("dadapt_adam", paper="dadapt_adam")
 class DAdaptAdam(Optimizer):
-    """Adam with a step size of its own finding; ``lr`` is a multiplier of it, 1 unless training is unstable.
+    """Adam that finds its own step size; ``lr`` multiplies it.
 
-    The first steps are about ``d0``: a run of some hundred steps spends a visible share of them on finding d. Give it the
-    schedule that Adam would get; a rate of 0 pauses everything. ``param_groups[0]["d"]`` is the estimate, and d times
-    ``lr`` the rate that Adam would be given. Every step waits for the device once.
+    Leave ``lr`` at 1 unless training is unstable. The first steps are about ``d0``: a run of some hundred steps spends
+    a visible share of them on finding d. Give it the schedule that Adam would get; a rate of 0 pauses everything.
+    ``param_groups[0]["d"]`` is the estimate, and d times ``lr`` the rate that Adam would be given. Every step waits for
+    the device once.
 
     Memory: three numbers per parameter.
 

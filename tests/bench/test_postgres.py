@@ -215,7 +215,10 @@ def test_three_machines_of_which_one_dies(url, tmp_path, monkeypatch):
     again = next(row for row in rows if row.system_attrs["plan"]["key"] == lost.plan.key)
     assert again.system_attrs["owner"]["host"] in ("two", "three")
     store.close()
-    shared = resume("runs/study", quiet=True)
+    written = (tmp_path / "runs" / "study" / "study.json").read_text()
+    assert "postgresql" in written
+    assert "let%20me%20in" not in written
+    shared = resume("runs/study", store=url, quiet=True)
     assert results(shared.records) == results(whole.records)
     assert len(shared.records) == TRIALS
     assert table(shared) == table(whole)

@@ -21,6 +21,7 @@ SETTINGS = {
     "moe": {"feedforward": "moe(experts=4, shared=1, gate=topk(bias_rate=0.01)), moe(experts=4, gate=noisy_topk)"},
     "versatile": {"feedforward": "versatile_ffn(experts=4)", "depth": "gateskip(gate_form=mlp, shared=true)"},
     "recursive": {"depth": "recursive(loops=2, rank=2)", "mixer": "gla"},
+    "ternary": {"weight": "ternary", "feedforward": "moe(experts=4)"},
 }
 #: Buffers that stay in float32 whatever the model's dtype is.
 EXACT = ("budgets", "progress", "quantiles", "gate.bias", "gate.chosen")
@@ -197,3 +198,9 @@ def test_other_sizes_are_refused(make, tmp_path):
     path.write_text(json.dumps(held | {"d_ff": 32}), encoding="utf-8")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         GateworkForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("weight", ["stable_rps", "roast"])
+def test_weights_that_share_an_array_are_refused(weight):
+    with pytest.raises(GateworkError, match=f"weight={weight} keeps one array for many weights"):
+        GateworkForCausalLM(GateworkConfig(d_model=64, weight=weight))
