@@ -72,7 +72,8 @@ def gateskip(
 
     Short trainings do better with ``batches``, which the paper does not have: the gates then start by ranking tokens by how much
     the branch adds, log |branch(u)|, as far as a linear map of u tells (ridge regression). They then differ from
-    sigmoid(5) by about a thousandth (a logit of SmolLM2-135M moves by up to 0.2), nothing is skipped at first either, and what training skips first is what adds least.
+    sigmoid(5) by about a thousandth (a logit of SmolLM2-135M moves by up to 0.2), nothing is skipped at first either, and what
+    training skips first is what adds least.
 
     Args:
         model: a Hugging Face model of a pre-norm layout, with the attention implementation sdpa or eager.
