@@ -147,6 +147,11 @@ class State:
             setattr(self, field.name, _select(getattr(self, field.name), index))
 
     @property
+    def keeps(self) -> bool:
+        """Whether a call leaves something in it, so that it cannot be made a second time with the same state."""
+        return True
+
+    @property
     def nbytes(self) -> int:
         """Bytes held by all tensors."""
         return sum(_nbytes(getattr(self, field.name)) for field in dataclasses.fields(self))

@@ -82,11 +82,11 @@ class BlockPolicy(DepthPolicy):
 
     def run(self, layer: Callable[..., Any], x: Tensor, state: State | None, *rest: Any) -> Any:
         """``layer(x, state, *rest)``, checkpointed if asked for; a layer leaves nothing behind but what it returns."""
-        if not (self.gradient_checkpointing and self.training and state is None and torch.is_grad_enabled()):
+        keeps = state is not None and state.keeps
+        if not (self.gradient_checkpointing and self.training and not keeps and torch.is_grad_enabled()):
             return layer(x, state, *rest)
-        if self._gradient_checkpointing_func is None:
-            return checkpoint(layer, x, state, *rest, use_reentrant=False)
-        return self._gradient_checkpointing_func(layer, x, state, *rest)
+        # A reentrant checkpoint has no gradient for the losses that parts leave beside their output.
+        return (self._gradient_checkpointing_func or checkpoint)(layer, x, state, *rest, use_reentrant=False)
 
     def block_states(self, state: State | None) -> Sequence[State | None]:
         """The state of each block, None without a state; refuses states that are not of this stack's :meth:`init_state`."""

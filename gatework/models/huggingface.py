@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gatework.core.contracts import State, losses
 from gatework.core.errors import GateworkError
@@ -272,11 +270,6 @@ class GateworkForCausalLM(PreTrainedModel, GenerationMixin):
                     new = self.config.build() if new is None else new
                     tensor.copy_(getattr(new.get_submodule(path), name))
             module._is_hf_initialized = True
-
-    def _set_gradient_checkpointing(  # type: ignore[override]
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **settings: Any
-    ) -> None:
-        super()._set_gradient_checkpointing(enable, partial(gradient_checkpointing_func, use_reentrant=False), **settings)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

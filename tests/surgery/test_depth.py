@@ -383,3 +383,25 @@ def test_the_gates_have_the_models_dtype_and_mode(tiny):
     assert conversion.part.quantiles.dtype == torch.float32
     assert conversion.part.training
     assert isinstance(conversion.part.blocks, nn.ModuleList)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # Its new name is not in 5.0.
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny, tokens, name):
+    ids = tokens(2, 12)
+    model = tiny(name, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0) if name == "gpt2" else tiny(name)
+    surgery.gateskip(model, budget=0.5, warmup=0.0)
+    gradients, saved = [], []
+    for checkpointed in (False, True):
+        twin = copy.deepcopy(model).train()
+        if checkpointed:
+            twin.gradient_checkpointing_enable()
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
+            loss = twin(ids, labels=ids, use_cache=False).loss
+        (loss + sum(core.losses(twin).values())).backward()
+        gradients.append([p.grad for p in twin.parameters()])
+        saved.append(sum(held))
+    for one, other in zip(*gradients, strict=True):
+        close(one, other)
+    assert saved[1] < saved[0] / 2
