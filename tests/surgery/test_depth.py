@@ -397,7 +397,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny, tokens, name):
         if checkpointed:
             twin.gradient_checkpointing_enable()
         held = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.numel()) or x, lambda x: x):
             loss = twin(ids, labels=ids, use_cache=False).loss
         (loss + sum(core.losses(twin).values())).backward()
         gradients.append([p.grad for p in twin.parameters()])
