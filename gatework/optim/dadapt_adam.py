@@ -42,7 +42,7 @@ SHARED, STATE = ("betas", "bias_correction", "growth_rate"), ("d", "numerator", 
 
 @register("dadapt_adam", paper="dadapt_adam")
 class DAdaptAdam(Optimizer):
-    """Adam that finds its own step size, a multiple of which is taken.
+    """Adam that finds its own step size.
 
     Leave ``lr`` at 1 unless training is unstable. The first steps are about ``d0``: a run of some hundred steps spends
     a visible share of them on finding d. Give it the schedule that Adam would get; a rate of 0 pauses everything.
