@@ -27,7 +27,7 @@ test-all: $(STAMP) lint
 	PYTHONPATH=$(OLDEST) $(PYTEST) -n $(WORKERS) -m "oldest" tests/models tests/surgery
 
 lint: $(STAMP)
-	$(BIN)/ruff check gatework tests benchmarks examples docs
+	$(BIN)/ruff check gatework tests benchmarks examples docs results
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sysconfig
 import time
@@ -16,20 +15,20 @@ from gatework.bench import compare
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module")
-def dashboard(tmp_path_factory):
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def dashboard(request, tmp_path_factory, free_port):
     """The address of a dashboard on the store of a small study, and the study."""
     pytest.importorskip("optuna_dashboard", reason="needs optuna-dashboard: pip install optuna-dashboard")
     folder = tmp_path_factory.mktemp("dashboard")
+    store = request.getfixturevalue("database")("dashboard") if request.param == "postgresql" else None
     study = compare(
         task="digits", variants={"golu": "activation=golu"}, tokens=256, tune=1, seeds=2, workers=0, quiet=True,
-        out=folder / "activations",
+        out=folder / "activations", store=store,
     )  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    url = f"sqlite:///{folder}/activations/study.db" if store is None else store.replace("postgresql:", "postgresql+psycopg:")
+    port = free_port()
     program = Path(sysconfig.get_path("scripts")) / "optuna-dashboard"
-    command = [program, f"sqlite:///{folder}/activations/study.db", "--host", "127.0.0.1", "--port", str(port)]
+    command = [program, url, "--host", "127.0.0.1", "--port", str(port)]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sql
 
 from gatework.bench import store as stores
 from gatework.bench.runner import compare, resume
@@ -24,7 +18,6 @@ from gatework.bench.store import Plan, Store
 from gatework.cli import main
 from gatework.core.errors import GateworkError
 
-PASSWORD = "let me in"
 STUDY = """
 data = "book.txt"
 tokens = 1600
@@ -68,75 +61,10 @@ sys.exit(main(["work", "--store", url]))
 """
 
 
-def programs():
-    """The folder of PostgreSQL's programs: on the path, or where Debian puts them (the newest)."""
-    found = shutil.which("initdb")
-    folders = [Path(found).resolve().parent] if found else []
-    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: int(folder.parent.name))[::-1]
-    return next((folder for folder in folders if (folder / "initdb").exists() and (folder / "postgres").exists()), None)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def server():
-    """The URL of a server with a database ``postgres``; it asks for a password."""
-    psycopg = pytest.importorskip("psycopg", reason='PostgreSQL tests need psycopg: pip install "gatework[postgres]"')
-    folder = programs()
-    if folder is None:
-        pytest.skip("PostgreSQL tests need its server: apt-get install postgresql")
-    other = {}
-    home = Path(tempfile.mkdtemp(prefix="gatework-postgres-"))
-    if os.getuid() == 0:  # PostgreSQL refuses to run as root.
-        import pwd
-
-        names = {entry.pw_name for entry in pwd.getpwall()}
-        name = next(name for name in ("postgres", "nobody") if name in names)
-        other = {"user": name, "group": pwd.getpwnam(name).pw_gid, "extra_groups": []}
-        os.chown(home, pwd.getpwnam(name).pw_uid, pwd.getpwnam(name).pw_gid)
-    (home / "password").write_text(PASSWORD)
-    (home / "password").chmod(0o644)
-    port = free_port()
-    with contextlib.ExitStack() as end:
-        end.callback(shutil.rmtree, home)
-        log = end.enter_context(open(home / "log", "w"))
-        start = [folder / "initdb", "-D", home / "data", "-U", "me", "-A", "scram-sha-256", f"--pwfile={home}/password"]
-        done = subprocess.run([*start, "--no-sync", "-E", "UTF8", "--locale=C"], stdout=log, stderr=log, cwd=home, **other)
-        assert done.returncode == 0, (home / "log").read_text()
-        settings = [f"port={port}", "listen_addresses=127.0.0.1", f"unix_socket_directories={home}", "fsync=off"]
-        options = [piece for setting in settings for piece in ("-c", setting)]
-        process = subprocess.Popen([folder / "postgres", "-D", home / "data", *options], stdout=log, stderr=log, cwd=home, **other)
-        try:
-            deadline = time.monotonic() + 30
-            while True:
-                with contextlib.suppress(psycopg.OperationalError):
-                    psycopg.connect(f"postgresql://me@127.0.0.1:{port}/postgres", password=PASSWORD).close()
-                    break
-                assert process.poll() is None and time.monotonic() < deadline, (home / "log").read_text()  # noqa: PT018
-                time.sleep(0.1)
-            yield f"postgresql://me:{PASSWORD.replace(' ', '%20')}@127.0.0.1:{port}/postgres"
-        finally:
-            process.send_signal(signal.SIGINT)  # Of the server: a fast shutdown.
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
 @pytest.fixture
-def url(server, request):
+def url(database, request):
     """A database of the test's own."""
-    name = re.sub("[^a-z]", "_", request.node.originalname)
-    engine = sql.create_engine(server.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sql.text(f'CREATE DATABASE "{name}"'))
-    engine.dispose()
-    return server.removesuffix("postgres") + name
+    return database(re.sub("[^a-z]", "_", request.node.originalname))
 
 
 def results(records):
@@ -283,7 +211,7 @@ def test_no_such_study_or_database(server, capsys):
     assert 'database "nowhere" does not exist' in said(capsys, "work", "--store", server.removesuffix("postgres") + "nowhere")
 
 
-def test_nobody_listens(capsys):
+def test_nobody_listens(free_port, capsys):
     pytest.importorskip("psycopg", reason='needs psycopg: pip install "gatework[postgres]"')
     err = said(capsys, "work", "--store", f"postgresql://me:secret@127.0.0.1:{free_port()}/x")
     assert "the store 'postgresql+psycopg://me:***@127.0.0.1" in err
