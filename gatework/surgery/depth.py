@@ -25,8 +25,8 @@ RIDGE, SPREAD = 0.01, 0.1
 def depth(model: nn.Module, policy: str) -> Conversion:
     """Let a depth policy run a pretrained model's layers, in place.
 
-    The layers become blocks that hold the same modules; the policy's own parameters start as the part does. Gradient checkpointing
-    has no effect on layers that a policy runs, and single layers hand out no hidden states.
+    The layers become blocks that hold the same modules; the policy's own parameters start as the part does. Single layers hand out
+    no hidden states then. Gradient checkpointing works on, in passes without a cache (``use_cache=False``).
 
     Args:
         model: a Hugging Face model of a pre-norm layout that :func:`~gatework.surgery.describe` knows, with the attention
@@ -34,8 +34,8 @@ def depth(model: nn.Module, policy: str) -> Conversion:
         policy: part expression of a depth policy, as ``"gateskip(budget=0.5)"``.
 
     Raises:
-        PartError: for an unknown policy or argument, a model whose layers it cannot run, a policy that rewrites weights
-            (``recursive``).
+        PartError: for an unknown policy or argument, a model whose layers it cannot run, ``recursive`` (see
+            :func:`gatework.surgery.recursive`).
     """
     return convert(model, "depth", {"policy": policy})
 
@@ -45,7 +45,7 @@ def _depth(model: nn.Module, conversion: Conversion, initialise: bool, policy: s
     layout = describe(model)
     blocks = adapt(model, layout)
     if issubclass(registry.lookup(registry.check(policy, "depth").name).cls, Recursive):
-        raise PartError("recursive rewrites the layers' weights; surgery.recursive does that to copies")
+        raise PartError("recursive needs no policy in a pretrained model: surgery.recursive leaves the layers where they are")
     built = registry.build(policy, "depth", blocks=nn.ModuleList(blocks), d_model=layout.width, n_layers=len(blocks))
     if not isinstance(built, BlockPolicy):
         raise PartError(f"{policy} does not run a list of blocks")

@@ -23,9 +23,8 @@ the dense model's learning rate stays stable; v1, the library's default, is at m
 Differences from the library: the signs come from a second hash of the position, not from a generator per layer, so that they need
 not be stored; products in the hashes are reduced modulo P one by one (b x^2 overflows 64 bits there from x = 6e4 on); its "v5"
 computes v4, here it is v5; psi is uniform, as in the paper, and by default of the weights' own spread instead of U(-0.04, 0.04)
-(see ``init``); lam divides by the measured root mean square of psi (what
-the signs make of it is the spread); the gradient is divided in the backward pass, so any training
-loop has it.
+(see ``init``); lam divides by the measured root mean square of psi (what the signs make of it is the spread); the gradient is
+divided in the backward pass, so any training loop has it.
 """
 
 from __future__ import annotations
