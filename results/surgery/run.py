@@ -175,7 +175,7 @@ def table(rows: list[dict[str, Any]], settings: Settings) -> str:
         "  all parameters, half cross-entropy and half divergence from the unconverted model. The base row has the same training:",
         "  what it gains is what the text alone brings. The learning rates stand in `run.py`; they were not tuned.",
         f"- FLOPs are executed ones, of reading a held-out window of {settings.window} tokens; stored bytes are the saved file's.",
-        "- It shows what minutes bring back, not what the methods reach: the papers train on thousands to millions of times as many tokens.",
+        f"- It shows what {settings.steps * settings.batch * settings.length:,} tokens bring back, not what the methods reach.",
         "",
         "| conversion | loss converted | per byte | loss distilled | per byte | stored MB | MFLOPs/token converted | distilled |"
         " prefill tokens/s | decode tokens/s | parameters |",
