@@ -13,7 +13,8 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r"^```(\w+)( numbers vary)?\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:[%a-zA-Z]+\b)?")
+#: With the rule over a table, which is as wide as the numbers beneath it.
+NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:[%a-zA-Z]+\b)?|─+")
 END = "\x1e"
 
 
