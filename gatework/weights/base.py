@@ -203,6 +203,8 @@ def _choose(model: nn.Module, patterns: list[str]) -> list[_Site]:
     sites = _sites(model)
     if not sites:
         raise PartError(f"this {type(model).__name__} has no weights: no floating-point parameter of two axes or more")
+    if not patterns:
+        raise PartError("no pattern is given; '*' takes every weight")
     for pattern in patterns:
         if not any(_matches(name, pattern) for site in sites for name in site.names):
             raise PartError(f"{pattern!r} matches no weight of this {type(model).__name__}; {_near(pattern, sites)}")

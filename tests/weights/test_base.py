@@ -301,3 +301,8 @@ def test_everything_works_on_the_meta_device():
             model = decoder(weight=part)
         assert {p.device.type for p in model.parameters()} == {"meta"}
         assert count_parameters(model) == count_parameters(decoder(weight=part))
+
+
+def test_no_pattern_is_refused():
+    with pytest.raises(PartError, match=r"no pattern is given; '\*' takes every weight"):
+        weights.apply(nn.Linear(2, 2), [], "ternary")
