@@ -85,6 +85,8 @@ def distill(
         if teacher is not None:
             teacher.eval()
         for step, tokens in enumerate(_take(batches, steps), 1):
+            if tokens.dim() != 2 or tokens.shape[1] < 2:
+                raise GateworkError(f"a batch is token ids (B, T) with T >= 2, not of the shape {tuple(tokens.shape)}")
             objective = _objective(student, teacher, tokens.to(device), kl)
             if not bool(objective.isfinite()):
                 raise GateworkError(f"the loss of step {step} is not finite; a lower learning rate than {lr} may help")

@@ -72,6 +72,8 @@ def test_wrong_settings_are_met_with_one_sentence(tiny, tokens):
             surgery.distill(model, None, [tokens()], **settings)
     with pytest.raises(GateworkError, match="got no batches"):
         surgery.distill(model, None, [], steps=1)
+    with pytest.raises(GateworkError, match=r"token ids \(B, T\) with T >= 2, not of the shape \(2, 1\)"):
+        surgery.distill(model, None, [tokens()[:, :1]], steps=1)
     with pytest.raises(GateworkError, match="no conversion of this model has added parameters"):
         surgery.distill(model, None, [tokens()], steps=1, parameters="new")
     with torch.no_grad():
