@@ -102,13 +102,42 @@ class Gate(Part):
     A gate is built with ``d_model`` and ``n_experts``. Routing is computed in float32 (float64 stays float64)
     whatever the autocast dtype is. A token whose ``mask`` is False gets weights of exactly 0 and enters no statistic
     and no loss.
+
+    A gate that chooses by more than the token names it in ``conditions``: keyword arguments of ``forward`` after
+    ``mask``, tensors with one row per token, which an experts layer hands on from its own ``forward``. It raises
+    ``PartError`` where one is missing.
     """
 
     slot = family = "gate"
+    conditions: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens."""
+
+
+class ChannelGate(Part):
+    """One gate per channel, the same for all tokens: ``forward(x) -> x * gate``, along the last axis of length ``d_model``."""
+
+    slot = "channel_gate"
+    family = "gate"
+
+    @abstractmethod
+    def values(self) -> Float[Tensor, "D"]:
+        """The gates that evaluation multiplies with."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Scale every channel."""
+
+
+class Component(Part):
+    """A part that fills no slot of the backbones: what ``forward`` takes is its own, and its docstring says it.
+
+    Subclasses say their ``family``.
+    """
+
+    slot = "component"
 
 
 class FeedForward(Part):
@@ -351,6 +380,6 @@ def in_backward() -> bool:
 
 
 __all__ = [
-    "CAPABILITIES", "Activation", "DepthPolicy", "DepthState", "Experts", "FeedForward", "Gate", "No", "Part", "SequenceMixer",
-    "State", "Weight", "advance", "capability", "in_backward", "losses", "metrics",
+    "CAPABILITIES", "Activation", "ChannelGate", "Component", "DepthPolicy", "DepthState", "Experts", "FeedForward", "Gate",
+    "No", "Part", "SequenceMixer", "State", "Weight", "advance", "capability", "in_backward", "losses", "metrics",
 ]

@@ -199,6 +199,11 @@ def _check_value(part: str, name: str, value: Any, hint: Any, slot: str | None) 
             return check(value, slot)
         if value is None:
             return None
+        options = _options(hint)
+        if isinstance(value, list) and any(typing.get_origin(option) is list for option in options):
+            return [_check_value(part, name, item, Any, slot) for item in value]
+        if Any not in options and not isinstance(value, list) and _fits(value, hint):
+            return value  # Where not only a part will do, as in ``moe(experts=8)``.
         raise PartError(f"{part}: {name} is {_a(slot)} part such as {name}={entries(slot)[0].name}, not {value!r}")
     if isinstance(value, Spec):
         if value.args or value.positional:
@@ -209,9 +214,13 @@ def _check_value(part: str, name: str, value: Any, hint: Any, slot: str | None) 
     return _exact(value, hint)
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
 def _exact(value: Any, hint: Any) -> Any:
     """A whole number as a float where a float is meant: ``capacity=2`` and ``capacity=2.0`` are the same."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    options = _options(hint)
     whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if whole and float in options and int not in options else value
 

@@ -21,7 +21,7 @@ from gatework.core import Routing, advance, capability, losses, metrics
 from gatework.core.cost import count_flops
 from gatework.core.registry import parameters
 
-from .parts import EXPERTS, WIDTH, Case, alternatives, call, objective
+from .parts import EXPERTS, MASKLESS, WIDTH, Case, alternatives, call, conditions, objective
 
 #: Another order of the same sums, in float64.
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -64,6 +64,8 @@ def check_shapes_and_dtypes(case: Case) -> None:
             shapes = [(72, WIDTH), (1, WIDTH), (0, WIDTH)]
         elif case.slot == "feedforward":
             shapes += [(WIDTH,), (5, WIDTH), (2, 2, 3, WIDTH)]
+        elif case.slot == "channel_gate":
+            shapes += [(WIDTH,), (5, WIDTH)]
         elif case.slot == "activation":
             shapes += [(), (3,), (2, 1, 2, 3)]
         elif capability(part, "any_length"):
@@ -72,7 +74,7 @@ def check_shapes_and_dtypes(case: Case) -> None:
             part.train(train)
             for shape in shapes:
                 x = torch.randn(shape, dtype=dtype, requires_grad=True)
-                y = part(x)
+                y = part(x, **conditions(part, x))
                 wanted: tuple[int, ...] = shape
                 if isinstance(y, Routing):
                     y, wanted = y.dense(), (shape[0], EXPERTS)
@@ -142,7 +144,7 @@ def check_bfloat16(case: Case) -> None:
             dtype = torch.float32 if autocast else torch.bfloat16
             x = case.x(8, dtype=dtype).requires_grad_()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                masks: list[Any] = [{}] if case.slot == "activation" else [{}, {"mask": case.mask(x)}]
+                masks: list[Any] = [{}] if case.slot in MASKLESS else [{}, {"mask": case.mask(x)}]
                 for settings in masks:
                     y = call(part, x, **settings)
                     said = losses(part)
@@ -440,7 +442,7 @@ def check_routing(case: Case) -> None:
     for train in (True, False):
         part = case.new(train=train)
         for settings in ({}, {"mask": mask}):
-            routing = part(x, **settings)
+            routing = part(x, **conditions(part, x), **settings)
             weights, experts = routing.weights, routing.experts
             assert routing.n_experts == EXPERTS
             assert weights.shape == experts.shape == (len(x), weights.shape[1])
@@ -460,16 +462,16 @@ def check_routing(case: Case) -> None:
                 assert values is None or values.shape == (len(x), EXPERTS), name
             if routing.probs is not None:
                 close(routing.probs.sum(1), torch.ones(len(x), dtype=torch.float64), "sums of probabilities", rtol=0, atol=1e-6)
-        said = part.eval()(x).dense()
+        said = call(part.eval(), x)
         order = torch.randperm(len(x))
-        close(part(x[order]).dense(), said[order], "tokens in another order")
+        close(call(part, x[order]), said[order], "tokens in another order")
     part = case.new(torch.float32)
-    plain = part(x.float())
+    plain = part(x.float(), **conditions(part, x.float()))
     with torch.autocast("cpu", torch.bfloat16):
-        cast = part(x.float())
+        cast = part(x.float(), **conditions(part, x.float()))
     assert cast.weights.dtype == torch.float32, f"routing in {cast.weights.dtype} under autocast"
     same(cast.dense(), plain.dense(), "routing under autocast")
-    finite(part(1e4 * x.float()).dense(), "routing of extreme tokens")
+    finite(call(part, 1e4 * x.float()), "routing of extreme tokens")
 
 
 # -- compilation

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -16,7 +18,9 @@ from gatework.depth.base import Block
 
 WIDTH, HEADS, EXPERTS, LAYERS = 16, 2, 4, 2
 #: Slots whose parts are modules from tensors to tensors.
-MODULES = ("activation", "gate", "feedforward", "mixer", "depth")
+MODULES = ("activation", "channel_gate", "gate", "feedforward", "mixer", "depth")
+#: Those of them that take no mask.
+MASKLESS = ("activation", "channel_gate")
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,23 @@ class Case:
 
 def call(part: nn.Module, x: Tensor, **settings: Any) -> Tensor:
     """The part's output as one tensor; of a routing the dense matrix."""
-    y = part(x, **settings)
+    y = part(x, **conditions(part, x), **settings)
     return y.dense() if isinstance(y, Routing) else y
+
+
+def conditions(part: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What a gate must be given beside the tokens ``x``."""
+    return {name: example_inputs(part.part_name).condition(name, x) for name in getattr(part, "conditions", ())}
+
+
+def example_inputs(name: str) -> ModuleType:
+    """The module ``inputs/<id>.py``, which says what a part with inputs of its own is called with.
+
+    For a gate with conditions ``condition(name, x)``: the tensor for tokens ``x``, row by row a function of x. For a
+    component ``make()``: a small instance; ``inputs(dtype, seed)``: a tuple of inputs, three rows (of which each output has
+    one too, where the component is ``batch_invariant``).
+    """
+    return importlib.import_module(f"{__package__}.inputs.{name}")
 
 
 def objective(y: Tensor) -> Tensor:
