@@ -261,11 +261,11 @@ def _multiplier(optim: str) -> tuple[float, float] | None:
 
 def model_arguments(backbone: str) -> dict[str, Any]:
     """The arguments of a backbone that a study may set, with their annotations; the task gives the others."""
-    from gatework.models import Classifier, Decoder
+    from gatework.models import BACKBONES
 
-    cls = Decoder if backbone == "decoder" else Classifier
+    cls = BACKBONES[backbone]
     hints = typing.get_type_hints(cls.__init__)
-    tied = {"self", "vocab_size", "input_shape", "classes"}
+    tied = {"self", *cls.task_arguments}
     return {name: hints.get(name, Any) for name in inspect.signature(cls.__init__).parameters if name not in tied}
 
 

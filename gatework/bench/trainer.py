@@ -23,7 +23,7 @@ from gatework.core.cost import count_flops, peak_bytes
 from gatework.core.errors import GateworkError
 from gatework.core.registry import build
 from gatework.learners.base import Learner
-from gatework.models import Classifier, Decoder
+from gatework.models import BACKBONES
 
 #: How many points a run's curve has at most.
 POINTS = 60
@@ -46,9 +46,8 @@ def build_model(task: Any, variant: Variant, d_ff: int | None = None) -> nn.Modu
         GateworkError: the parts do not exist, do not fit each other or the task; the variant is named.
     """
     arguments = task.model_arguments() | variant.model | ({} if d_ff is None else {"d_ff": d_ff})
-    cls = Decoder if task.backbone == "decoder" else Classifier
     try:
-        return cls(**arguments)
+        return BACKBONES[task.backbone](**arguments)
     except GateworkError as error:
         raise type(error)(f"{_label(variant.name)}: {error}") from error
 

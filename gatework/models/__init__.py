@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 from gatework.models.classifier import Classifier
 from gatework.models.decoder import Decoder
 
-__all__ = ["AdvanceSchedules", "Classifier", "Decoder", "GateworkConfig", "GateworkForCausalLM", "byte_tokenizer"]
+#: What a task of the bench may ask for, by name. Each class says in ``task_arguments`` which of its arguments the task gives;
+#: a study may set the others.
+BACKBONES: dict[str, type[Any]] = {"classifier": Classifier, "decoder": Decoder}
+
+__all__ = ["BACKBONES", "AdvanceSchedules", "Classifier", "Decoder", "GateworkConfig", "GateworkForCausalLM", "byte_tokenizer"]
 
 if TYPE_CHECKING:
     from gatework.models.huggingface import GateworkConfig, GateworkForCausalLM

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -44,6 +44,8 @@ class Classifier(nn.Module):
         >>> Classifier((1, 8, 8), classes=10, backbone="vit", d_model=32)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
+
+    task_arguments: ClassVar[tuple[str, ...]] = ("input_shape", "classes")
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,6 +45,8 @@ class Decoder(nn.Module):
         >>> model(torch.zeros(1, 8, dtype=torch.long)).shape
         torch.Size([1, 8, 256])
     """
+
+    task_arguments: ClassVar[tuple[str, ...]] = ("vocab_size",)
 
     def __init__(
         self,

@@ -21,13 +21,13 @@ Split = Literal["validation", "test"]
 class Task(ABC):
     """Data with its three splits, a loss to train on and a score to report.
 
-    ``backbone`` names the model that fits it ("decoder" or "classifier"), ``unit`` what a budget counts ("token" or
+    ``backbone`` names the model that fits it (one of ``gatework.models.BACKBONES``), ``unit`` what a budget counts ("token" or
     "example"), ``score_name`` the entry of :meth:`evaluate` that is reported, with its ``score_unit`` and direction.
     ``data_hash`` identifies the data and its split.
     """
 
     name: ClassVar[str]
-    backbone: ClassVar[Literal["decoder", "classifier"]]
+    backbone: ClassVar[str]
     unit: ClassVar[Literal["token", "example"]]
     score_name: ClassVar[str]
     score_unit: ClassVar[str]
