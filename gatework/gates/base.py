@@ -74,6 +74,24 @@ def z_loss(logits: Float[Tensor, "N E"], mask: Bool[Tensor, "N"] | None) -> Floa
     return mean_over(logits.logsumexp(1).square(), mask)
 
 
+@torch.no_grad()
+def monitor(routing: Routing, mask: Bool[Tensor, "N"] | None, training: bool) -> dict[str, Tensor]:
+    """What a gate says of its routing, as its ``metrics``.
+
+    ``load`` (share of the used slots by expert), ``max_violation`` (largest load over the mean, minus 1), ``dead`` (number of
+    experts that nobody chose) and, where the routing has probabilities, their mean ``entropy`` in nats over the real tokens
+    (``mask``). Nothing for a single token outside ``training``, a step of decoding, whose routing costs less than its statistics.
+    """
+    if not training and routing.experts.shape[0] == 1:
+        return {}
+    chosen = routing.counts().to(routing.weights.dtype)
+    load = chosen / chosen.sum().clamp(min=1)
+    found = {"load": load, "max_violation": load.max() * routing.n_experts - 1, "dead": (chosen == 0).sum()}
+    if routing.probs is not None:
+        found["entropy"] = mean_over(torch.special.entr(routing.probs).sum(1), mask)
+    return found
+
+
 class Router(Gate):
     """A gate with one linear map from tokens to expert logits, choosing k experts."""
 
@@ -88,16 +106,6 @@ class Router(Gate):
         """The sizes."""
         return f"d_model={self.d_model}, n_experts={self.n_experts}, k={self.k}"
 
-    @torch.no_grad()
     def monitor(self, routing: Routing, mask: Bool[Tensor, "N"] | None) -> dict[str, Tensor]:
-        """``load`` (share of the choices by expert), ``entropy`` of the probabilities in nats, ``max_violation``
-        (largest load over the mean, minus 1) and ``dead`` (experts that nobody chose); nothing for a single token in
-        evaluation, a step of decoding, whose routing costs less than its statistics."""
-        if not self.training and routing.experts.shape[0] == 1:
-            return {}
-        chosen = counts(routing.experts, self.n_experts, mask).to(routing.weights.dtype)
-        load = chosen / chosen.sum().clamp(min=1)
-        found = {"load": load, "max_violation": load.max() * self.n_experts - 1, "dead": (chosen == 0).sum()}
-        if routing.probs is not None:
-            found["entropy"] = mean_over(torch.special.entr(routing.probs).sum(1), mask)
-        return found
+        """:func:`monitor` in the router's mode."""
+        return monitor(routing, mask, self.training)
