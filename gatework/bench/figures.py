@@ -275,13 +275,94 @@ def tuning(comparison: Comparison) -> list[Figure]:
 # What the parts report of themselves
 
 
+#: What gates and experts layers report beside ``load``, with the axis of its plot.
+ROUTING = {
+    "entropy": "Entropy of the gate (nats)",
+    "max_violation": "Largest load over the even one, minus 1",
+    "dead": "Experts without a token in a batch",
+    "dropped": "Dropped share",
+}
+
+
+def routing(comparison: Comparison) -> list[Figure]:
+    """How evenly the variants that route use their experts while they train."""
+    curves = {name: [_routing_curve(r) for r in comparison.runs(name, "final") if finished(r)] for name in comparison.names}
+    curves = {name: [curve for curve in found if curve] for name, found in curves.items()}
+    xaxis = {"title": {"text": _unit(comparison).capitalize()}, "tickformat": ".3~s", "rangemode": "tozero"}
+    figures = []
+    for number, name in enumerate(name for name, found in curves.items() if found):
+        count = min(len(point["load"]) for curve in curves[name] for point in curve.values())
+        ranks = [mean_curve([{step: p["load"][i] for step, p in curve.items()} for curve in curves[name]]) for i in range(count)]
+        tokens = {step: p["tokens"] for curve in curves[name] for step, p in curve.items()}
+        data = [
+            _line(
+                comparison, name, [tokens[step] for step, *_ in line], [mean for _, mean, *_ in line], mode="lines",
+                line={"color": colour(comparison, name, round(1 - 0.75 * i / max(count - 1, 1), 2)), "width": 2},
+                hovertemplate=f"most used no. {i + 1}<br>%{{x:.4s}}<br>%{{y:.3f}}",
+            )
+            for i, line in enumerate(ranks)
+        ]  # fmt: skip
+        layout = _layout(xaxis, "load")
+        layout["yaxis"]["rangemode"] = "tozero"
+        layout["shapes"] = [_even(count)]
+        caption = (
+            "Share of the choices that fell on the most used expert of a layer (darkest), the second, and so on; "
+            "mean over layers and seeds. Dotted: an even share."
+        )
+        figures.append(Figure(f"routing-load-{number}", f"{name}: load over time", caption, data, layout))
+    for leaf, title in ROUTING.items():
+        data = []
+        for name, found in curves.items():
+            lines = mean_curve([{step: p[leaf] for step, p in curve.items() if leaf in p} for curve in found])
+            if lines:
+                tokens = {step: p["tokens"] for curve in found for step, p in curve.items()}
+                data.append(
+                    _line(
+                        comparison, name, [tokens[step] for step, *_ in lines], [mean for _, mean, *_ in lines],
+                        mode="lines+markers", line={"color": colour(comparison, name), "width": 2}, showlegend=True,
+                        marker={"size": 6, "symbol": symbol(comparison, name)}, hovertemplate="%{x:.4s}<br>%{y:.4g}",
+                    )
+                )  # fmt: skip
+        if data:
+            layout = _layout(xaxis, title)
+            layout["yaxis"]["rangemode"] = "tozero"
+            caption = "In single training steps, mean over layers and seeds."
+            figures.append(Figure(f"routing-{leaf}", f"{leaf.replace('_', ' ').capitalize()} over time", caption, data, layout))
+    return figures
+
+
+def _routing_curve(run: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """By step: tokens, the loads of the layers' experts from the most used on, and the other numbers, each a mean over layers."""
+    points = {}
+    for point in run["curve"]:
+        leaves: defaultdict[str, list[Any]] = defaultdict(list)
+        for key, value in (point.get("metrics") or {}).items():
+            leaves[key.rpartition(".")[2]].append(value)
+        loads = [sorted(load, reverse=True) for load in leaves["load"] if isinstance(load, list)]
+        if loads:
+            # Layers with fewer experts than others end earlier.
+            columns = [[load[i] for load in loads if i < len(load)] for i in range(max(map(len, loads)))]
+            found: dict[str, Any] = {leaf: sum(leaves[leaf]) / len(leaves[leaf]) for leaf in ROUTING if leaves[leaf]}
+            found |= {"tokens": point["tokens"], "load": [sum(column) / len(column) for column in columns]}
+            points[point["step"]] = found
+    return points
+
+
+def _even(count: int) -> dict[str, Any]:
+    line = {"dash": "dot", "width": 1.5, "color": "@muted"}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1 / count, "y1": 1 / count, "line": line}
+
+
 def means(comparison: Comparison, name: str) -> dict[str, float | list[float]]:
-    """The metrics of a variant's parts, averaged over its finished final runs; lists element by element."""
+    """The metrics of a variant's parts, averaged over its finished final runs; lists element by element, the experts' loads from
+    the most used expert on."""
     collected: defaultdict[str, list[Any]] = defaultdict(list)
     for run in comparison.runs(name, "final"):
         if finished(run):
             for key, value in run.get("metrics", {}).items():
-                collected[key].append(value)
+                # Which expert is used most is chance; how much more than the others it is, is not.
+                ranked = isinstance(value, list) and key.rpartition(".")[2] == "load"
+                collected[key].append(sorted(value, reverse=True) if ranked else value)
     found: dict[str, float | list[float]] = {}
     for key, values in collected.items():
         if isinstance(values[0], list):
@@ -335,17 +416,13 @@ def _list_bars(comparison: Comparison, name: str, leaf: str, values: dict[str, l
     longest = max(map(len, values.values()))
     shares = all(abs(sum(heights) - 1) < 0.02 and min(heights) >= 0 for heights in values.values())
     expert = "load" in leaf or "importance" in leaf
-    layout = _layout({"title": {"text": "Expert" if expert else "Index"}, "dtick": 1 if longest <= 16 else None}, plain(leaf))
+    axis = "Experts, most used first" if leaf == "load" else "Expert" if expert else "Index"
+    layout = _layout({"title": {"text": axis}, "dtick": 1 if longest <= 16 else None}, plain(leaf))
     layout |= {"barmode": "group", "bargap": 0.3}
     layout["yaxis"]["rangemode"] = "tozero"
     caption = "Mean over seeds, one colour per layer." if len(values) > 1 else "Mean over seeds."
     if shares:
-        layout["shapes"] = [
-            {
-                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1 / longest, "y1": 1 / longest,
-                "line": {"dash": "dot", "width": 1.5, "color": "@muted"},
-            }
-        ]  # fmt: skip
+        layout["shapes"] = [_even(longest)]
         caption += " Dotted: an even share."
     return Figure(f"inside-{number}", f"{name}: {leaf}", caption, data, layout)
 

@@ -314,6 +314,7 @@ def html(comparison: Comparison) -> str:
         ("quality", figures.quality(comparison)),
         ("curves", figures.curves(comparison)),
         ("tuning", figures.tuning(comparison)),
+        ("routing", figures.routing(comparison)),
         ("inside", figures.inside(comparison)),
     ]
     environment.globals |= {"figures": dict(groups), "BETTER": BETTER, "WORSE": WORSE}

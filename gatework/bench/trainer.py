@@ -29,8 +29,10 @@ from gatework.models import BACKBONES
 POINTS = 60
 #: Seconds between two checkpoints of a running trial.
 CHECKPOINT_SECONDS = 60.0
-#: Metrics with more elements than this are not recorded.
-LARGEST_METRIC = 256
+#: Metrics with more elements than this are not recorded, and not over time.
+LARGEST_METRIC, LARGEST_OVER_TIME = 256, 64
+#: Every how many points of the curve holds the metrics.
+METRICS_EVERY = 3
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -149,7 +151,8 @@ def fit(
         loss = float(running) / pending
         log.seconds += _since(start)
         log.step, running, pending = step, None, 0
-        point = {"step": step, "tokens": step * units, "train_loss": loss, "validation_loss": None, "seconds": log.seconds}
+        point: dict[str, Any] = {"step": step, "tokens": step * units, "train_loss": loss, "validation_loss": None}
+        point["seconds"] = log.seconds
         if not math.isfinite(loss):
             raise Diverged(f"the training loss was {loss} at step {step}")
         if step in validated:
@@ -158,9 +161,13 @@ def fit(
             point["validation_loss"] = log.validation["loss"]
             if not math.isfinite(log.validation["loss"]):
                 raise Diverged(f"the validation loss was {log.validation['loss']} at step {step}")
+        found = _metrics(learner.model)
+        if len(log.curve) % METRICS_EVERY == 0 or step == steps:
+            point["metrics"] = {k: v for k, v in found.items() if isinstance(v, float) or len(v) <= LARGEST_OVER_TIME}
         log.curve.append(point)
         if 2 * step >= steps:
-            _note_metrics(learner.model, log)
+            for name, value in found.items():
+                log.metrics.setdefault(name, []).append(value)
         if progress:
             progress(point | {"steps": steps, "tokens_per_second": units * log.timed_steps / max(log.seconds, 1e-9)})
         if keep and step < steps and time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -190,10 +197,11 @@ def _counted(learner: Learner, batch: Any, log: Log, with_memory: bool) -> dict[
     return losses
 
 
-def _note_metrics(model: nn.Module, log: Log) -> None:
+def _metrics(model: nn.Module) -> dict[str, float | list[float]]:
+    """What the parts said of themselves in the last step."""
+    found: dict[str, float | list[float]] = {}
     for name, value in metrics(model).items():
-        if isinstance(value, Tensor):
-            if value.numel() > LARGEST_METRIC or value.is_complex():
-                continue
+        if isinstance(value, Tensor) and value.numel() <= LARGEST_METRIC and not value.is_complex():
             numbers = value.double()
-            log.metrics.setdefault(name, []).append(numbers.item() if value.dim() == 0 else numbers.flatten().tolist())
+            found[name] = numbers.item() if value.dim() == 0 else numbers.flatten().tolist()
+    return found

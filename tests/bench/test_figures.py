@@ -128,9 +128,33 @@ def test_inside(comparison):
     assert [t["name"] for t in load.data] == ["blocks.0", "blocks.1", "blocks.2"]
     for layer, trace in enumerate(load.data):
         runs = [r["metrics"][f"blocks.{layer}.feedforward.gate.load"] for r in comparison.runs("moe", "final") if finished(r)]
+        runs = [sorted(load, reverse=True) for load in runs]
         assert trace["y"] == pytest.approx([sum(column) / len(runs) for column in zip(*runs, strict=True)])
     assert load.layout["shapes"][0]["y0"] == 1 / 8
     assert plots["skip: kept"].data[0]["y"] == pytest.approx([0.905, 0.76, 0.61], abs=0.03)
+
+
+def test_routing(comparison):
+    """Loads by rank and the other numbers of the gates over time: means over layers, then over the finished seeds."""
+    plots = {figure.title: figure for figure in figures.routing(comparison)}
+    assert list(plots) == ["moe: load over time", "Entropy over time"]
+    runs = [r["curve"] for r in comparison.runs("moe", "final") if finished(r)]
+    assert len(runs) == 3
+
+    def layers(point, leaf):
+        return [point["metrics"][f"blocks.{layer}.feedforward.gate.{leaf}"] for layer in range(3)]
+
+    told = [[p for p in curve if "metrics" in p] for curve in runs]
+    assert len(told[0]) == 20
+    lines = plots["moe: load over time"].data
+    assert len(lines) == 8
+    for rank, line in enumerate(lines):
+        assert line["x"] == [p["tokens"] for p in told[0]]
+        for i, mean in enumerate(line["y"]):
+            assert mean == pytest.approx(sum(sorted(load)[-1 - rank] for curve in told for load in layers(curve[i], "load")) / 9)
+    assert sum(line["y"][5] for line in lines) == pytest.approx(1)
+    (entropy,) = plots["Entropy over time"].data
+    assert entropy["y"][4] == pytest.approx(sum(sum(layers(curve[4], "entropy")) for curve in told) / 9)
 
 
 def test_colours_and_symbols_stay_with_the_variant(comparison):
@@ -152,7 +176,8 @@ def test_twenty_variants_differ_in_colour_or_symbol(synthetic):
 
 
 def test_every_colour_is_one_of_the_pages(comparison):
-    every = [*figures.quality(comparison), *figures.curves(comparison), *figures.tuning(comparison), *figures.inside(comparison)]
+    every = [*figures.quality(comparison), *figures.curves(comparison), *figures.tuning(comparison)]
+    every += [*figures.routing(comparison), *figures.inside(comparison)]
     tokens = set(re.findall(r'"(@[^"]*)"', json.dumps([figure.spec() for figure in every])))
     assert tokens
     assert all(re.fullmatch(r"@(c[0-8]|muted|surface|ink)(/[\d.]+)?", token) for token in tokens)

@@ -114,6 +114,23 @@ def test_what_a_record_says(data):
     assert (record["key"], record["variant"], record["phase"], record["seed"]) == ("final/baseline/3", "baseline", "final", 3)
 
 
+def test_what_parts_measure_is_kept_over_time(data):
+    study, task = make(data, variants={"moe": "feedforward=moe(experts=4, capacity=1.0)"}, evaluations=1)
+    record = trial.run(study, task, plan("moe"), FIT)
+    assert record["status"] == "ok", record["error"]
+    told = {point["step"]: point["metrics"] for point in record["curve"] if "metrics" in point}
+    assert list(told) == [1, 4, 7, 10, 13, 16, 19, 20]  # Every third point of the curve, and the last.
+    path = "depth.blocks.0.feedforward"
+    names = {f"{path}.gate.{leaf}" for leaf in ("load", "entropy", "max_violation", "dead")} | {f"{path}.dropped"}
+    for metrics in told.values():
+        assert set(metrics) == names
+        load = metrics[f"{path}.gate.load"]
+        assert sum(load) == pytest.approx(1)
+        assert metrics[f"{path}.gate.max_violation"] == pytest.approx(4 * max(load) - 1, abs=1e-5)
+        assert 0 <= metrics[f"{path}.dropped"] < 1
+    assert record["metrics"].keys() == names
+
+
 def test_the_same_key_gives_the_same_record(data):
     study, task = make(data, variants={"drawn": "mixer=attention(window=8)"})
     first = trial.run(study, task, plan("drawn"), FIT)
