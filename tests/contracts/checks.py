@@ -21,7 +21,7 @@ from gatework.core import Routing, advance, capability, losses, metrics
 from gatework.core.cost import count_flops
 from gatework.core.registry import parameters
 
-from .parts import EXPERTS, MASKLESS, WIDTH, Case, alternatives, call, conditions, objective
+from .parts import EXPERTS, MASKLESS, Case, alternatives, call, conditions, objective
 
 #: Another order of the same sums, in float64.
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -57,19 +57,20 @@ def through_a_file(value: Any) -> Any:
 
 
 def check_shapes_and_dtypes(case: Case) -> None:
+    width = case.width
     for dtype in (torch.float32, torch.float64):
         part = case.new(dtype)
-        shapes: list[tuple[int, ...]] = [(3, 24, WIDTH), (1, 1, WIDTH), (2, 7, WIDTH), (0, 3, WIDTH), (2, 0, WIDTH)]
+        shapes: list[tuple[int, ...]] = [(3, 24, width), (1, 1, width), (2, 7, width), (0, 3, width), (2, 0, width)]
         if case.slot == "gate":
-            shapes = [(72, WIDTH), (1, WIDTH), (0, WIDTH)]
+            shapes = [(72, width), (1, width), (0, width)]
         elif case.slot == "feedforward":
-            shapes += [(WIDTH,), (5, WIDTH), (2, 2, 3, WIDTH)]
+            shapes += [(width,), (5, width), (2, 2, 3, width)]
         elif case.slot == "channel_gate":
-            shapes += [(WIDTH,), (5, WIDTH)]
+            shapes += [(width,), (5, width)]
         elif case.slot == "activation":
             shapes += [(), (3,), (2, 1, 2, 3)]
         elif capability(part, "any_length"):
-            shapes += [(1, length, WIDTH) for length in (2, 63, 64, 65, 130)]
+            shapes += [(1, length, width) for length in (2, 63, 64, 65, 130)]
         for train in (False, True):
             part.train(train)
             for shape in shapes:

@@ -36,6 +36,11 @@ class Case:
     def slot(self) -> str:
         return self.cls.slot
 
+    @property
+    def width(self) -> int:
+        """Of the inputs: WIDTH, where the class's ``example`` names no other."""
+        return int(self.cls.example.get("d_model", WIDTH))
+
     def fresh(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
         """An instance as it is constructed."""
         torch.manual_seed(seed)
@@ -64,7 +69,7 @@ class Case:
 
     def x(self, batch: int = 3, length: int = 24, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
         """Inputs: (B, T, D), for a gate (B T, D)."""
-        x = torch.randn(batch, length, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        x = torch.randn(batch, length, self.width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
         return x.flatten(0, 1) if self.slot == "gate" else x
 
     def mask(self, x: Tensor, seed: int = 2) -> Tensor:
