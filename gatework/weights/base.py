@@ -18,12 +18,9 @@ called. (``torch.nn.utils.parametrize`` modules cannot be pickled; ``copy.deepco
 
 from __future__ import annotations
 
-import difflib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -34,6 +31,7 @@ from torch.nn.utils import parametrize
 from gatework.core.contracts import Weight
 from gatework.core.cost import count_parameters
 from gatework.core.errors import PartError
+from gatework.core.patterns import matches, near
 from gatework.core.registry import build
 
 #: A packed linear layer unpacks at most about this many weights at a time.
@@ -154,13 +152,6 @@ def _is_weight(parameter: nn.Parameter) -> bool:
     return parameter.is_floating_point() and parameter.dim() >= 2
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` is the name of the weight or of a module around it, read from any dot on."""
-    parts = name.split(".")
-    around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(fnmatchcase(some, pattern) or fnmatchcase(some, f"*.{pattern}") for some in around)
-
-
 def apply(model: nn.Module, pattern: str | Sequence[str], part: Any) -> Report:
     """Let weights of a model come from ``part`` from now on, in place.
 
@@ -205,27 +196,20 @@ def _choose(model: nn.Module, patterns: list[str]) -> list[_Site]:
         raise PartError(f"this {type(model).__name__} has no weights: no floating-point parameter of two axes or more")
     if not patterns:
         raise PartError("no pattern is given; '*' takes every weight")
+    known = [site.names[0] for site in sites]
     for pattern in patterns:
-        if not any(_matches(name, pattern) for site in sites for name in site.names):
-            raise PartError(f"{pattern!r} matches no weight of this {type(model).__name__}; {_near(pattern, sites)}")
-    chosen = [site for site in sites if any(_matches(name, pattern) for name in site.names for pattern in patterns)]
+        if not any(matches(name, pattern) for site in sites for name in site.names):
+            raise PartError(f"{pattern!r} matches no weight of this {type(model).__name__}; {near(pattern, known)}")
+    chosen = [site for site in sites if any(matches(name, pattern) for name in site.names for pattern in patterns)]
     for site in chosen:
         if site.source is not None:
-            known = type(site.source[0]).__name__
-            raise PartError(f"{site.names[0]} is parametrized already ({known}); weights.fold(model) first makes that permanent")
+            part = type(site.source[0]).__name__
+            raise PartError(f"{site.names[0]} is parametrized already ({part}); weights.fold(model) first makes that permanent")
     taken = {id(site.stored): site.names[0] for site in chosen}
     for site in sites:
         if site not in chosen and id(site.stored) in taken:
             raise PartError(f"{taken[id(site.stored)]} is tied to {site.names[0]}; name both, or untie them first")
     return chosen
-
-
-def _near(pattern: str, sites: list[_Site]) -> str:
-    """What the pattern could have meant; the numbers of layers stand as ``*``."""
-    names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", site.names[0]) for site in sites))
-    near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.0)
-    more = f" and {len(names) - len(near)} more" if len(names) > len(near) else ""
-    return f"there are {', '.join(near)}{more}"
 
 
 def fold(model: nn.Module) -> Report:
