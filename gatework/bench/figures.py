@@ -275,12 +275,12 @@ def tuning(comparison: Comparison) -> list[Figure]:
 # What the parts report of themselves
 
 
-#: What gates and experts layers report beside ``load``, with the axis of its plot.
+#: What gates and experts layers report beside ``load``, with the title and the axis of its plot.
 ROUTING = {
-    "entropy": "Entropy of the gate (nats)",
-    "max_violation": "Largest load over the even one, minus 1",
-    "dead": "Experts without a token in a batch",
-    "dropped": "Dropped share",
+    "entropy": ("Entropy", "Entropy of the gate (nats)"),
+    "max_violation": ("Greatest excess load", "Largest load over the even one, minus 1"),
+    "dead": ("Dead experts", "Experts without a token in a batch"),
+    "dropped": ("Dropped tokens", "Share of the choices without a place"),
 }
 
 
@@ -310,7 +310,7 @@ def routing(comparison: Comparison) -> list[Figure]:
             "mean over layers and seeds. Dotted: an even share."
         )
         figures.append(Figure(f"routing-load-{number}", f"{name}: load over time", caption, data, layout))
-    for leaf, title in ROUTING.items():
+    for leaf, (heading, title) in ROUTING.items():
         data = []
         for name, found in curves.items():
             lines = mean_curve([{step: p[leaf] for step, p in curve.items() if leaf in p} for curve in found])
@@ -327,7 +327,7 @@ def routing(comparison: Comparison) -> list[Figure]:
             layout = _layout(xaxis, title)
             layout["yaxis"]["rangemode"] = "tozero"
             caption = "In single training steps, mean over layers and seeds."
-            figures.append(Figure(f"routing-{leaf}", f"{leaf.replace('_', ' ').capitalize()} over time", caption, data, layout))
+            figures.append(Figure(f"routing-{leaf}", f"{heading} over time", caption, data, layout))
     return figures
 
 

@@ -155,13 +155,13 @@ def fit(
         point["seconds"] = log.seconds
         if not math.isfinite(loss):
             raise Diverged(f"the training loss was {loss} at step {step}")
+        found = _metrics(learner.model)  # Before the validation leaves its own.
         if step in validated:
             assert evaluate is not None
             log.validation = evaluate()
             point["validation_loss"] = log.validation["loss"]
             if not math.isfinite(log.validation["loss"]):
                 raise Diverged(f"the validation loss was {log.validation['loss']} at step {step}")
-        found = _metrics(learner.model)
         if len(log.curve) % METRICS_EVERY == 0 or step == steps:
             point["metrics"] = {k: v for k, v in found.items() if isinstance(v, float) or len(v) <= LARGEST_OVER_TIME}
         log.curve.append(point)

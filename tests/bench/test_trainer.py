@@ -131,6 +131,13 @@ def test_what_parts_measure_is_kept_over_time(data):
     assert record["metrics"].keys() == names
 
 
+def test_metrics_over_time_are_those_of_training(data):
+    """Noise makes training's routing even; what a validation at the same step leaves behind is not noted."""
+    noisy = {"moe": "feedforward=moe(experts=4, gate=noisy_topk)"}
+    often, once = (trial.run(*make(data, variants=noisy, evaluations=n), plan("moe"), FIT)["curve"] for n in (20, 1))
+    assert [p["metrics"] for p in often if "metrics" in p] == [p["metrics"] for p in once if "metrics" in p]
+
+
 def test_the_same_key_gives_the_same_record(data):
     study, task = make(data, variants={"drawn": "mixer=attention(window=8)"})
     first = trial.run(study, task, plan("drawn"), FIT)
