@@ -3,6 +3,7 @@
 from gatework.core.contracts import (
     CAPABILITIES,
     Activation,
+    Balance,
     ChannelGate,
     Component,
     DepthPolicy,
@@ -27,8 +28,8 @@ from gatework.core.registry import build, build_pattern, check, entries, lookup,
 from gatework.core.routing import Routing
 
 __all__ = [
-    "CAPABILITIES", "Activation", "ChannelGate", "Component", "DepthPolicy", "DepthState", "Experts", "FeedForward", "Gate",
-    "GateworkError", "No", "Part", "PartError", "Routing", "SequenceMixer", "Spec", "State", "Weight", "advance", "build",
+    "CAPABILITIES", "Activation", "Balance", "ChannelGate", "Component", "DepthPolicy", "DepthState", "Experts", "FeedForward",
+    "Gate", "GateworkError", "No", "Part", "PartError", "Routing", "SequenceMixer", "Spec", "State", "Weight", "advance", "build",
     "build_pattern", "capability", "check", "entries", "in_backward", "lookup", "losses", "metrics", "parse", "parse_pattern",
     "parse_settings", "register",
 ]

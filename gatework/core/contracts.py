@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,7 +59,8 @@ class Part(nn.Module, ABC):
     ``slot`` is the place in a model that the part fills; ``family`` the folder that holds it (the slot's name, unless
     the class says otherwise). ``slots`` names constructor parameters that take a part expression and are not called
     after their slot. ``example`` holds constructor arguments for the smallest sensible instance, where the defaults
-    are too large for a test.
+    are too large for a test. ``exact`` names floating buffers that a half-precision model keeps in float32 (their steps
+    would vanish there).
     """
 
     slot: ClassVar[str] = ""
@@ -67,6 +68,7 @@ class Part(nn.Module, ABC):
     capabilities: dict[str, bool | No] = {"compiles": True, "float64": True, "batch_invariant": True}
     slots: ClassVar[Mapping[str, str]] = {}
     example: ClassVar[Mapping[str, Any]] = {}
+    exact: ClassVar[tuple[str, ...]] = ()
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
@@ -79,6 +81,15 @@ class Part(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         # Side outputs belong to one forward pass: a copy of the part starts without them (they may hold a graph).
         return self.__dict__ | {"losses": {}, "metrics": {}}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Part:
+        before = {name: getattr(self, name) for name in self.exact}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype.itemsize < min(buffer.dtype.itemsize, 4):
+                setattr(self, name, buffer.to(device=after.device, dtype=torch.float32))
+        return self
 
 
 class Activation(Part):
@@ -114,6 +125,27 @@ class Gate(Part):
     @abstractmethod
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens."""
+
+
+class Balance(Part):
+    """What keeps the experts of a gate evenly used: a loss, or a shift of the scores that the choice is made by.
+
+    The gate that owns a term adds its loss to its own ``losses``, under the term's registered name. It calls
+    ``forward`` in training only, also where activation checkpointing recomputes (``in_backward``). A term that needs
+    more than the routing names it in ``conditions``: keyword arguments of ``forward``, which the gate must offer.
+    """
+
+    slot = "balance"
+    family = "gate"
+    conditions: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def forward(self, routing: Routing, mask: Bool[Tensor, "N"] | None = None) -> Float[Tensor, ""] | None:
+        """The weighted loss of a routing; None where the term has none. Tokens whose ``mask`` is False do not count."""
+
+    def shift(self, scores: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+        """The scores that the choice is made by; the weights are made of the scores as they were."""
+        return scores
 
 
 class ChannelGate(Part):
@@ -380,6 +412,6 @@ def in_backward() -> bool:
 
 
 __all__ = [
-    "CAPABILITIES", "Activation", "ChannelGate", "Component", "DepthPolicy", "DepthState", "Experts", "FeedForward", "Gate",
-    "No", "Part", "SequenceMixer", "State", "Weight", "advance", "capability", "in_backward", "losses", "metrics",
+    "CAPABILITIES", "Activation", "Balance", "ChannelGate", "Component", "DepthPolicy", "DepthState", "Experts", "FeedForward",
+    "Gate", "No", "Part", "SequenceMixer", "State", "Weight", "advance", "capability", "in_backward", "losses", "metrics",
 ]

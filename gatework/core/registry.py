@@ -195,7 +195,7 @@ def _check_value(part: str, name: str, value: Any, hint: Any, slot: str | None) 
     if slot is not None:
         options = _options(hint)
         plain = [option for option in options if typing.get_origin(option) is not list]
-        if isinstance(value, list) and len(plain) < len(options):
+        if isinstance(value, list | tuple) and len(plain) < len(options):
             return [_check_value(part, name, item, Any, slot) for item in value]
         if Any not in options and len(plain) < len(options) and not any(_fits(value, option) for option in plain):
             wanted = " or ".join(map(_describe, plain))

@@ -31,7 +31,7 @@ Differences.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -127,6 +127,9 @@ class GateSkip(BlockPolicy):
         "compiles": No("how many tokens are gathered depends on the data"),
     }
 
+    # Importances crowd near 1, where bfloat16 and float16 cannot tell them apart.
+    exact = ("budgets", "progress", "quantiles")
+
     budgets: Tensor
     progress: Tensor
     quantiles: Tensor
@@ -160,7 +163,7 @@ class GateSkip(BlockPolicy):
             nn.ModuleDict({branch: _BranchGate(d_model, gate_form) for branch in BRANCHES}) for _ in range(1 if shared else layers)
         )
         self._calibrating = False
-        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)  # As `_apply` keeps them.
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)  # As `exact` keeps them.
         self.register_buffer("budgets", torch.ones(layers, 2, dtype=exact))
         self.register_buffer("progress", torch.tensor(0.0 if warmup else 1.0, dtype=exact))
         self.register_buffer("quantiles", torch.full((layers, 2, QUANTILES), -torch.inf, dtype=exact))
@@ -316,16 +319,6 @@ class GateSkip(BlockPolicy):
                     rate = rate.clamp(min=min(1.0, said.tokens / TOKENS))
                 self.quantiles.copy_(torch.where(self.passes == 0, tables, self.quantiles + rate * (tables - self.quantiles)))
                 self.passes.add_(1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GateSkip:
-        # Importances crowd near 1, where bf16 and fp16 cannot tell them apart: the tables stay float32 in a half-precision model.
-        exact = {name: getattr(self, name) for name in ("budgets", "progress", "quantiles")}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = getattr(self, name)
-            if after.dtype.itemsize < before.dtype.itemsize:
-                setattr(self, name, before.to(device=after.device, dtype=torch.float32))
-        return self
 
 
 def _between(importance: Tensor, tau: Tensor) -> Tensor:
