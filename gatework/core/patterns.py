@@ -9,7 +9,10 @@ from fnmatch import fnmatchcase
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` (``fnmatch``; ``*`` crosses dots) is this dotted name or that of a module around it, read from any dot on."""
+    """Whether ``pattern`` is this dotted name or that of a module around it, read from any dot on.
+
+    ``fnmatch``: ``*``, ``?``, ``[...]``; ``*`` crosses dots.
+    """
     parts = name.split(".")
     around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     return any(fnmatchcase(some, pattern) or fnmatchcase(some, f"*.{pattern}") for some in around)
