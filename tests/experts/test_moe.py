@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from gatework.core import losses, metrics
+from gatework.core import Gate, PartError, Routing, build, capability, losses, metrics
 from gatework.experts import MoE
+from gatework.feedforward import GLU, MLP
+
+from ..contracts import checks
+from ..contracts.parts import Case
 
 D, H = 8, 6
 
@@ -19,7 +23,8 @@ D, H = 8, 6
 def layer(**settings) -> MoE:
     torch.manual_seed(0)
     made = MoE(D, **({"d_ff": H, "experts": 4} | settings)).double()
-    torch.nn.init.normal_(made.gate.weight)
+    if hasattr(made.gate, "weight"):
+        torch.nn.init.normal_(made.gate.weight)
     return made
 
 
@@ -42,7 +47,8 @@ def reference(m: MoE, x: torch.Tensor, limit: float = math.inf) -> torch.Tensor:
             e = int(routing.experts[n, slot])
             if routing.weights[n, slot] != 0 and served[e] < limit:
                 served[e] += 1
-                rows[n] = rows[n] + routing.weights[n, slot] * expert(m, x[n], m.w_in[e], m.w_out[e])
+                output = expert(m, x[n], m.w_in[e], m.w_out[e]) if m.listed is None else m.listed[e](x[n])
+                rows[n] = rows[n] + routing.weights[n, slot] * output
     for s in range(m.shared):
         rows = [row + expert(m, x[n], m.shared_in[s], m.shared_out[s]) for n, row in enumerate(rows)]
     return torch.stack(rows)
@@ -56,8 +62,11 @@ CASES = [
     {"gate": "topk(k=1)"},
     {"gate": "topk(k=4)"},
     {"gate": "topk(score=sigmoid)"},
-    {"capacity": 0.7},
+    {"capacity": 1.0},
     {"capacity": 1.25, "shared": 1},
+    {"capacity": 1.0, "experts": 16, "min_capacity": 3},
+    {"experts": ["glu(d_ff=12)", "mlp", MLP, "glu(activation=gelu, bias=true)"]},
+    {"experts": ["glu", "mlp", "moe(experts=3)"], "shared": 1, "capacity": 1.0, "gate": "topk(k=1)"},
 ]
 
 
@@ -65,7 +74,7 @@ CASES = [
 def test_equals_the_loop_with_all_gradients(settings):
     m, x = layer(**settings).eval(), tokens().requires_grad_()
     k = m.gate.k
-    limit = math.inf if m.capacity is None else math.ceil(m.capacity * len(x) * k / m.experts)
+    limit = math.inf if m.capacity is None else max(m.min_capacity, math.ceil(m.capacity * len(x) * k / m.experts))
     got, expected = m(x), reference(m, x, limit)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     leaves = [x, *m.parameters()]
@@ -97,11 +106,12 @@ def test_enough_capacity_is_dropless():
 
 
 def test_short_capacity_keeps_the_largest_weights_when_asked():
-    m, x = layer(capacity=0.5, priority="weight").eval(), tokens(20)
+    m, x = layer(capacity=1.0, priority="weight", experts=8).eval(), tokens(20)
     routing = m.gate(x)
-    kept = m._within_capacity(routing).weights != 0
-    limit = math.ceil(0.5 * 20 * 2 / 4)
-    for e in range(4):
+    kept = m._within_capacity(routing, 20).weights != 0
+    limit = math.ceil(20 * 2 / 8)
+    assert not kept.all()
+    for e in range(8):
         mine = routing.experts == e
         weights, survived = routing.weights[mine], kept[mine]
         assert survived.sum() == min(limit, len(weights))
@@ -109,13 +119,16 @@ def test_short_capacity_keeps_the_largest_weights_when_asked():
             assert weights[survived].min() >= weights[~survived].max()
 
 
-def test_padding_gets_nothing_and_changes_nothing():
-    m, x = layer(), tokens(12).view(2, 6, D)
-    mask = torch.ones(2, 6, dtype=torch.bool)
-    mask[0, :2] = False
+@pytest.mark.parametrize("settings", [{}, {"capacity": 1.0}, {"experts": ["glu", "mlp", "glu(d_ff=5)"]}], ids=str)
+def test_padding_gets_nothing_and_changes_nothing(settings):
+    m, x = layer(**settings), tokens(40).view(4, 10, D)
+    mask = torch.rand(4, 10, generator=torch.Generator().manual_seed(3)) < 0.5
     y = m(x, mask)
+    dropped = metrics(m).get("dropped")
     assert not y[~mask].any()
     torch.testing.assert_close(y[mask], m(x[mask]), rtol=0, atol=0)
+    # Places are shared out among real tokens: half of these are padding, and would double the room.
+    assert dropped is None or 0 < dropped == metrics(m)["dropped"]
 
 
 def test_permuting_tokens_permutes_outputs():
@@ -139,6 +152,85 @@ def test_float32_flops_are_counted_too():
     with count_flops() as counted:
         m(x)
     assert counted.total == 64 * (2 * 2 * D * 3 * H + 2 * D * 4)
+
+
+def test_listed_experts_run_once_on_their_own_tokens():
+    m, x = layer(experts=["glu", "mlp(d_ff=10)", "glu(d_ff=7)"], gate="topk(k=1)", d_ff=None), tokens(30)
+    seen = {}
+    for e, module in enumerate(m.listed):
+        module.register_forward_hook(lambda module, given, y, e=e: seen.setdefault(e, []).append(given[0]))
+    m(x)
+    chosen = m.gate(x).experts[:, 0]
+    assert {e: len(calls) for e, calls in seen.items()} == dict.fromkeys(range(3), 1)
+    for e, (rows,) in seen.items():
+        assert torch.equal(rows, x[chosen == e])
+    assert [type(e).__name__ for e in m.listed] == ["GLU", "MLP", "GLU"]
+    assert m.listed[1].up.weight.shape[0] == 10
+    with torch.no_grad():
+        m.gate.weight.copy_(torch.tensor([1.0, 0, 0])[:, None] * x[0])  # Row 0 prefers expert 0; alone it is all that runs.
+    seen.clear()
+    m(x[:1])
+    assert list(seen) == [0]
+
+
+def test_listed_experts_take_the_width_that_is_given_and_say_what_they_cannot():
+    m = layer(experts=["glu", "glu(d_ff=4)", GLU(D, d_ff=9), torch.nn.Linear(D, D)], d_ff=12)
+    assert [e.up.weight.shape[0] for e in m.listed[:3]] == [12, 4, 9]
+    assert "activation" not in dict(m.named_children())
+    per_expert = (3 * D * (12 + 4 + 9) + D * D + D) // 4
+    assert m.active_parameters() == 2 * per_expert + 4 * D
+    assert capability(m, "batch_invariant")
+    inner = layer(experts=["glu", "moe(capacity=1.0)"])
+    assert "compete" in str(capability(inner, "batch_invariant"))
+    made = build("moe(experts=[glu(d_ff=8), mlp], gate=topk(k=1))", "feedforward", d_model=D)
+    assert [type(e).__name__ for e in made.listed] == ["GLU", "MLP"]
+
+
+def test_equal_modules_are_one_feed_forward():
+    shared = GLU(D, d_ff=5)
+    m, x = layer(experts=[shared, shared, shared]), tokens()
+    torch.testing.assert_close(m(x), shared(x), rtol=0, atol=1e-12)
+
+
+class ByHistory(Gate):
+    """Chooses the expert that the history names."""
+
+    conditions = ("history", "strength")
+
+    def forward(self, x, mask=None, history=None, strength=None):
+        return Routing(strength[:, None], history[:, 0, None], 4)
+
+
+def test_conditions_reach_the_gate_token_by_token():
+    m, x = layer(gate=ByHistory()), tokens(12).view(3, 4, D)
+    history, strength = torch.arange(24).view(3, 4, 2) % 4, torch.linspace(1, 2, 12, dtype=x.dtype).view(3, 4)
+    y = m(x, history=history, strength=strength)
+    expected = [
+        [strength[b, t] * expert(m, x[b, t], m.w_in[e := history[b, t, 0]], m.w_out[e]) for t in range(4)] for b in range(3)
+    ]
+    torch.testing.assert_close(y, torch.stack([torch.stack(row) for row in expected]), rtol=0, atol=1e-12)
+    for given, message in [
+        ({"history": history}, "the gate ByHistory chooses by strength too: give it by keyword"),
+        ({"history": history, "strength": strength, "user": history}, "the gate ByHistory takes no user"),
+        ({"history": history, "strength": strength[:, :3]}, r"strength has one row per token, shape \(3, 4, '...'\), not \(3, 3\)"),
+    ]:
+        with pytest.raises(PartError, match=message):
+            m(x, **given)
+    with pytest.raises(PartError, match=r"the gate TopK takes no history: its conditions are \[\]"):
+        layer()(x, history=history)
+
+
+CONTRACTS = [
+    checks.check_shapes_and_dtypes, checks.check_gradients, checks.check_state_dict, checks.check_copies, checks.check_bfloat16,
+    checks.check_determinism, checks.check_expanded_gradients, checks.check_checkpointing, checks.check_side_outputs,
+    checks.check_mask,
+]
+
+
+@pytest.mark.parametrize("settings", [{"experts": ["glu(d_ff=8)", "mlp", "moe"]}, {"capacity": 1.0, "shared": 1}], ids=str)
+def test_contracts_of_settings_that_the_contract_tests_do_not_reach(settings):
+    for check in CONTRACTS:
+        check(Case(MoE, settings))
 
 
 def test_no_tokens():
@@ -198,7 +290,13 @@ def test_initialisation_is_each_expert_alone():
     ("settings", "message"),
     [
         ({"experts": 0}, "must be at least 1"),
-        ({"capacity": 0.0}, "positive factor"),
+        ({"capacity": 0.0}, "capacity is at least 1, so that evenly spread tokens find a place, got 0.0"),
+        ({"capacity": 0.99}, "capacity is at least 1"),
+        ({"capacity": math.nan}, "capacity is at least 1"),
+        ({"capacity": 1.0, "min_capacity": 0}, "min_capacity is at least 1"),
+        ({"min_capacity": 4}, "goes with a capacity, got 4 with capacity None"),
+        ({"experts": []}, "must be at least 1"),
+        ({"experts": ["glu", "versatile_ffn(d_ff=8)"]}, "and VersatileFFN owns its norm and residual"),
         ({"gate": "topk(k=9)"}, "between 1 and the number of experts 4, got 9"),
     ],
 )
