@@ -34,6 +34,7 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
         "gateskip": "depth=gateskip",
     },
     "classifier": {"golu": "activation=golu", "xgelu": "activation=xgelu", "xsilu": "activation=xsilu"},
+    "click_through": {"optfs": "embedding_gate=optfs(penalty=1e-4, search=0.5), learner=optfs_search"},
 }
 
 #: Defaults by task: what is not given in the file or by a flag.
@@ -70,6 +71,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "learning_rates": (5e-4, 2e-2),
         "baseline": "",
         "model": {"d_model": 128, "layers": 3},
+        "match": "none",
+    },
+    "click_through": {
+        "tokens": 400_000,
+        "tune_tokens": 200_000,
+        "batch_size": 128,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "",
+        "model": {"d_model": 8, "deep": 1},
         "match": "none",
     },
 }
@@ -239,13 +249,14 @@ def _resolve(study: Study, backbone: str, name: str, text: str) -> Variant:
     model, training = {}, dict(TRAINING)
     rates = units[1] or study.learning_rates
     hints = model_arguments(backbone)
+    slots = _slots(backbone)
     for key, value in (shared | given).items():
         if key == "learning_rates":
             rates = interval(f"learning_rates of {name}", [parse_value(piece) for piece in str(value).strip("[]()").split(",")])
         elif key in training:
             training[key] = str(check(str(value), key))
         elif key in hints:
-            model[key] = _argument(key, value, hints[key])
+            model[key] = _argument(key, value, hints[key], slots.get(key, key))
         else:
             known = [*hints, *TRAINING, "learning_rates"]
             where = "the model" if key in shared else f"variant {name!r}" if name != "baseline" else "the baseline"
@@ -269,11 +280,18 @@ def model_arguments(backbone: str) -> dict[str, Any]:
     return {name: hints.get(name, Any) for name in inspect.signature(cls.__init__).parameters if name not in tied}
 
 
-def _argument(key: str, value: Any, hint: Any) -> Any:
+def _slots(backbone: str) -> Mapping[str, str]:
+    """The arguments of a backbone that take a part and are not called after its slot."""
+    from gatework.models import BACKBONES
+
+    return getattr(BACKBONES[backbone], "slots", {})
+
+
+def _argument(key: str, value: Any, hint: Any, slot: str) -> Any:
     if hint is Any:
         if not isinstance(value, str):
-            raise GateworkError(f"{key} takes a part expression such as {key}={_example(key)}, not {value!r}")
-        return ", ".join(str(check(spec, key)) for spec in parse_pattern(value))
+            raise GateworkError(f"{key} takes a part expression such as {key}={_example(slot)}, not {value!r}")
+        return ", ".join(str(check(spec, slot)) for spec in parse_pattern(value))
     if isinstance(value, str) and hint is not str:
         value = parse_value(value)
     if isinstance(value, Spec):

@@ -54,6 +54,7 @@ class OptFS(Component):
     """
 
     family = "gate"
+    exact = ("beta",)
 
     beta: Tensor
     hard: Tensor

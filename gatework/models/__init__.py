@@ -6,13 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gatework.models.classifier import Classifier
+from gatework.models.click_through import ClickThrough
 from gatework.models.decoder import Decoder
 
 #: What a task of the bench may ask for, by name. Each class says in ``task_arguments`` which of its arguments the task gives;
 #: a study may set the others.
-BACKBONES: dict[str, type[Any]] = {"classifier": Classifier, "decoder": Decoder}
+BACKBONES: dict[str, type[Any]] = {"classifier": Classifier, "click_through": ClickThrough, "decoder": Decoder}
 
-__all__ = ["BACKBONES", "AdvanceSchedules", "Classifier", "Decoder", "GateworkConfig", "GateworkForCausalLM", "byte_tokenizer"]
+__all__ = [
+    "BACKBONES", "AdvanceSchedules", "Classifier", "ClickThrough", "Decoder", "GateworkConfig", "GateworkForCausalLM",
+    "byte_tokenizer",
+]
 
 if TYPE_CHECKING:
     from gatework.models.huggingface import GateworkConfig, GateworkForCausalLM

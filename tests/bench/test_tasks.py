@@ -15,9 +15,9 @@ import gatework
 from gatework.bench.tasks import TASKS, make_task
 from gatework.bench.tasks.recall import IGNORE
 from gatework.core import GateworkError
-from gatework.models import Classifier, Decoder
+from gatework.models import BACKBONES
 
-NAMES = ["text", "digits", "mnist1d", "recall"]
+NAMES = ["text", "digits", "mnist1d", "recall", "click_through"]
 _made = {}
 
 
@@ -35,7 +35,22 @@ def uniform(made):
     """A model that knows nothing."""
     if made.backbone == "decoder":
         return lambda x: torch.zeros(*x.shape, made.model_arguments()["vocab_size"])
+    if made.backbone == "click_through":
+        return lambda x: torch.zeros(len(x))
     return lambda x: torch.zeros(len(x), made.model_arguments()["classes"])
+
+
+def chance(made):
+    """The loss of a model that knows nothing."""
+    if made.backbone == "click_through":
+        return math.log(2)
+    return math.log(made.model_arguments().get("vocab_size") or made.model_arguments()["classes"])
+
+
+def smallest(made):
+    """A small model for the task."""
+    sizes = {"decoder": {"layers": 1, "heads": 1}, "classifier": {"backbone": "mlp", "layers": 1}, "click_through": {}}
+    return BACKBONES[made.backbone](**made.model_arguments(), d_model=8, **sizes[made.backbone])
 
 
 # Every task
@@ -63,15 +78,12 @@ def test_batches_are_a_function_of_the_seed(name):
 def test_a_model_built_from_its_arguments_fits_and_is_scored(name):
     made = task(name)
     torch.manual_seed(0)
-    if made.backbone == "decoder":
-        model = Decoder(**made.model_arguments(), d_model=8, layers=1, heads=1)
-    else:
-        model = Classifier(**made.model_arguments(), backbone="mlp", d_model=8, layers=1)
+    model = smallest(made)
     ((x, y),) = take(made, 0, 4, 1)
     loss = made.loss(model(x), y)
     loss.backward()
     assert loss.ndim == 0
-    assert loss.item() == pytest.approx(math.log(made.model_arguments().get("vocab_size") or 10), rel=0.3)
+    assert loss.item() == pytest.approx(chance(made), rel=0.3)
     with torch.no_grad():
         scores = made.evaluate(model, "validation", max_batches=1)
         assert scores == made.evaluate(model, "validation", max_batches=1)
@@ -84,7 +96,7 @@ def test_a_model_that_knows_nothing_scores_chance(name):
     made = task(name)
     for split in ("validation", "test"):
         scores = made.evaluate(uniform(made), split)
-        assert scores["loss"] == pytest.approx(math.log(made.model_arguments().get("vocab_size") or 10), rel=1e-5)
+        assert scores["loss"] == pytest.approx(chance(made), rel=1e-5)
         if "error" in scores:
             assert scores["error"] == pytest.approx(1 - scores["accuracy"])
 
@@ -94,7 +106,7 @@ def test_units_are_counted_and_the_hash_is_of_the_data(name):
     made = task(name)
     ((x, _),) = take(made, 0, 5, 1)
     assert made.units_per_batch(5) == (x.numel() if made.unit == "token" else len(x))
-    assert (made.score_name, made.lower_is_better) == (("loss", True) if name == "text" else ("error", True))
+    assert (made.score_name, made.lower_is_better) == ({"text": "loss", "click_through": "auc_error"}.get(name, "error"), True)
     if name != "mnist1d":  # Seconds to make; its own test makes it twice.
         assert make_task(name).data_hash == made.data_hash
     assert len({task(other).data_hash for other in NAMES}) == len(NAMES)
@@ -115,6 +127,9 @@ def test_units_are_counted_and_the_hash_is_of_the_data(name):
         ("recall", {"pairs": 16, "vocab_size": 32}, "16 pairs need a vocabulary of at least 34, got 32"),
         ("recall", {"pairs": 0}, "0 pairs need"),
         ("recall", {"alpha": 0.0}, "alpha must be positive, got 0.0"),
+        ("click_through", {"fields": 5}, "fields must be even and at least 4, values even and at least 2, got 5 and 100"),
+        ("click_through", {"values": 0}, "got 12 and 0"),
+        ("click_through", {"effect": 0.0}, "examples must be at least 100 and effect positive, got 20000 and 0.0"),
     ],
 )
 def test_wrong_names_and_options_are_refused_in_one_sentence(name, options, sentence):
@@ -123,7 +138,9 @@ def test_wrong_names_and_options_are_refused_in_one_sentence(name, options, sent
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "package"), [("digits", "sklearn.datasets"), ("mnist1d", "mnist1d.data")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("digits", "sklearn.datasets"), ("mnist1d", "mnist1d.data"), ("click_through", "sklearn.metrics")]
+)
 def test_a_missing_extra_is_named_with_its_installation(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(GateworkError, match=r'pip install "gatework\[bench\]"'):
@@ -384,3 +401,49 @@ def test_only_queries_are_scored():
     assert scores["loss"] < 1e-3
     assert made.loss(oracle(x), y).item() < 1e-3
     assert torch.equal(x, make_task("recall").fixed["test"][0])
+
+
+# click_through
+
+
+def test_half_of_the_fields_and_of_the_values_mean_nothing():
+    made = make_task("click_through", fields=8, values=10, examples=2000)
+    table = made.informative.view(8, 10)
+    assert sorted(table.sum(1).tolist()) == [0] * 4 + [5] * 4
+    x, y = made.splits["train"]
+    assert [len(made.splits[name][0]) for name in ("train", "validation", "test")] == [2000, 500, 500]
+    assert torch.equal(x.div(10, rounding_mode="floor"), torch.arange(8).expand_as(x))
+    assert set(y.tolist()) == {0.0, 1.0}
+    share = x[:, 0].bincount(minlength=10).double().sort(descending=True).values / len(x)
+    weights = 1 / torch.arange(1, 11, dtype=torch.float64)
+    torch.testing.assert_close(share, weights / weights.sum(), rtol=0, atol=0.03)
+    assert make_task("click_through", fields=8, values=10, examples=2000, data_seed=1).data_hash != made.data_hash
+
+
+def test_labels_of_clicks_follow_what_is_informative_and_nothing_else():
+    """The share of clicks moves with an informative value by much more than chance, with another by chance."""
+    made = make_task("click_through", fields=8, values=10, examples=40_000)
+    x, y = made.splits["train"]
+    z = []
+    for feature in range(80):
+        there = (x == feature).any(1)
+        z.append(((y[there].mean() - y[~there].mean()) / (y.std() * (1 / there.sum() + 1 / (~there).sum()).sqrt())).abs())
+    z = torch.stack(z)
+    # A value that means nothing stands against the others of its field: it moves the share where the rest of the field means
+    # something, so only the fields of pure noise are quiet.
+    quiet = ~made.informative.view(8, 10).any(1)
+    assert z.view(8, 10)[quiet].max() < 4
+    assert z.view(8, 10)[~quiet].amax(1).min() > 8
+
+
+def test_auc_is_that_of_the_ranks():
+    made = task("click_through")
+    _, y = made.splits["test"]
+    assert made.evaluate(uniform(made), "test")["auc"] == 0.5
+    scores = torch.linspace(-1, 1, len(y))[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))] + y
+    given = iter(scores.split(made.EVALUATION_BATCH))
+    found = made.evaluate(lambda x: next(given), "test")
+    wins = (scores[y == 1][:, None] > scores[y == 0][None, :]).double().mean().item()
+    assert found["auc"] == pytest.approx(wins, abs=1e-9)
+    assert found["auc_error"] == pytest.approx(1 - wins, abs=1e-9)
+    assert math.isnan(made.evaluate(lambda x: torch.full((len(x),), math.nan), "test")["auc"])

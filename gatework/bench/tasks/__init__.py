@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, get_type_hints
 
 from gatework.bench.tasks.base import Batch, Predict, Split, SupervisedTask, Task
+from gatework.bench.tasks.click_through import ClickThrough
 from gatework.bench.tasks.digits import Digits
 from gatework.bench.tasks.mnist1d import MNIST1D
 from gatework.bench.tasks.recall import Recall
@@ -15,7 +16,7 @@ from gatework.core.registry import _fits as fits
 from gatework.core.registry import parameters, suggest
 
 #: The tasks by name.
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Digits, MNIST1D, Recall)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Digits, MNIST1D, Recall, ClickThrough)}
 
 
 def task_class(name: str) -> type[Task]:
