@@ -156,7 +156,7 @@ class Attention(SequenceMixer):
                 cache.append_masked(new_keys, new_values, mask)
         if keep is not None:
             return self._kept(x, keep, cos, sin, keys, values, limits)
-        queries = self._place(self.query(x), self.q_norm, cos, sin).transpose(1, 2)
+        queries = self._queries(x, cos, sin).transpose(1, 2)
         heads = self._attend(queries, keys, values, limits)
         return self.output(heads.transpose(1, 2), x)
 
@@ -176,6 +176,10 @@ class Attention(SequenceMixer):
         if norm is not None:
             x = norm(x.to(norm.weight.dtype)).to(x.dtype)
         return x if cos is None or sin is None else rotate(x, cos, sin)
+
+    def _queries(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """Queries of tokens (..., H, K), ready for :meth:`_sdpa`."""
+        return self._place(self.query(x), self.q_norm, cos, sin)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, limits: _Limits | None) -> Tensor:
         """Heads (B, H, T, K) of the queries (B, H, T, K), the last T of the S entries being the queries' own."""
@@ -224,7 +228,7 @@ class Attention(SequenceMixer):
         x_N = x.reshape(-1, width).index_select(0, rows)
         if cos is not None and sin is not None:
             cos, sin = (angle.expand(batch, -1, -1).flatten(0, 1).index_select(0, rows) for angle in (cos, sin))
-        queries_N = self._place(self.query(x_N), self.q_norm, cos, sin)
+        queries_N = self._queries(x_N, cos, sin)
         heads_N = self._attend_kept(queries_N, rows, keep, keys, values, limits)
         y_N = self.output(heads_N, x_N)
         return y_N.new_zeros(batch * new, width).index_copy_(0, rows, y_N).view(batch, new, width)
@@ -260,7 +264,7 @@ class Attention(SequenceMixer):
             some = queries[:, :, i * KEPT_CHUNK : (i + 1) * KEPT_CHUNK]
             heads.append(self._sdpa(some, keys[:, :, begin:end], values[:, :, begin:end], allowed))
         if not heads:
-            return queries_N
+            return queries_N[..., : self.head_width]
         return torch.cat(heads, dim=2).transpose(1, 2).flatten(0, 1).index_select(0, place)
 
     def _sdpa(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:

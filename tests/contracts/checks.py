@@ -42,7 +42,13 @@ def finite(values: Any, what: str) -> None:
 
 
 def gradients(part: torch.nn.Module) -> dict[str, Tensor | None]:
-    return {name: p.grad for name, p in part.named_parameters()}
+    """Of what the part does not hold frozen by itself."""
+    return {name: p.grad for name, p in part.named_parameters() if p.requires_grad}
+
+
+def input_gradient(part: torch.nn.Module, x: Tensor) -> Tensor | None:
+    """The input's gradient; zeros where a static gate, which does not look at its tokens, has left none."""
+    return torch.zeros_like(x) if getattr(part, "static", False) and x.grad is None else x.grad
 
 
 def through_a_file(value: Any) -> Any:
@@ -86,7 +92,7 @@ def check_shapes_and_dtypes(case: Case) -> None:
                 finite(said, f"losses of {shape}")
                 finite(metrics(part), f"metrics of {shape}")
                 (y.sum() + sum(said.values())).backward()
-                finite(x.grad, f"gradient of {shape}")
+                finite(input_gradient(part, x), f"gradient of {shape}")
 
 
 def check_gradients(case: Case) -> None:
@@ -95,10 +101,11 @@ def check_gradients(case: Case) -> None:
     y = call(part, x)
     assert y.requires_grad, "the output has no graph"
     (objective(y) + sum(losses(part).values())).backward()
-    finite({"x": x.grad} | gradients(part), "gradient")
-    unreached = [name for name, g in gradients(part).items() if not g.any()]
+    finite({"x": input_gradient(part, x)} | gradients(part), "gradient")
+    fades = getattr(part, "fades", ())  # Parameters that a schedule freezes.
+    unreached = [name for name, g in gradients(part).items() if not g.any() and name not in fades]
     assert not unreached, f"no gradient reaches {unreached}"
-    assert x.grad.any(), "no gradient reaches the input"
+    assert getattr(part, "static", False) or x.grad.any(), "no gradient reaches the input"
 
 
 def check_state_dict(case: Case) -> None:
@@ -156,7 +163,7 @@ def check_bfloat16(case: Case) -> None:
                 assert y.dtype == torch.bfloat16, f"{y.dtype} for bfloat16"
             y = y.float()
             (y.square().sum() + sum(said.values())).backward()
-            finite(x.grad, "bfloat16 gradient of x")
+            finite(input_gradient(part, x), "bfloat16 gradient of x")
             finite({name: g for name, g in gradients(part).items() if g is not None}, "bfloat16 gradient")
 
 
