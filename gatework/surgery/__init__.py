@@ -1,8 +1,8 @@
 """The parts put into an existing pretrained model.
 
-``describe(model)`` says what surgery found; each conversion (``gateskip``, ``depth``, ``recursive``, ``ternary``, ``pack``) is one
-call in place that returns a :class:`Conversion`; ``save`` and ``load`` keep a converted model; ``distill`` trains it towards the
-original.
+``describe(model)`` says what surgery found; each conversion (``gateskip``, ``depth``, ``recursive``, ``ternary``, ``pack``,
+``phatgoose``) is one call in place that returns a :class:`Conversion`; ``save`` and ``load`` keep a converted model; ``distill``
+trains it towards the original; ``PhatgooseGates`` prepares an adapter of ``peft`` for ``phatgoose``.
 """
 
 from gatework.surgery.checkpoint import load, save
@@ -10,7 +10,11 @@ from gatework.surgery.conversion import Conversion
 from gatework.surgery.depth import depth, gateskip
 from gatework.surgery.distill import distill
 from gatework.surgery.layout import Layout, describe
+from gatework.surgery.phatgoose import PhatgooseGates, phatgoose
 from gatework.surgery.recursive import recursive
 from gatework.surgery.ternary import pack, ternary
 
-__all__ = ["Conversion", "Layout", "depth", "describe", "distill", "gateskip", "load", "pack", "recursive", "save", "ternary"]
+__all__ = [
+    "Conversion", "Layout", "PhatgooseGates", "depth", "describe", "distill", "gateskip", "load", "pack", "phatgoose", "recursive",
+    "save", "ternary",
+]
