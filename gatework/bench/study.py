@@ -35,6 +35,10 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
     },
     "classifier": {"golu": "activation=golu", "xgelu": "activation=xgelu", "xsilu": "activation=xsilu"},
     "click_through": {"optfs": "embedding_gate=optfs(penalty=1e-4, search=0.5), learner=optfs_search"},
+    "coordinates": {
+        "homogeneous": "experts=4, log2_size=9, coarsest=128",
+        "heterogeneous": "experts=4, log2_size=10, coarsest=8",
+    },
 }
 
 #: Defaults by task: what is not given in the file or by a flag.
@@ -72,6 +76,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "baseline": "",
         "model": {"d_model": 128, "layers": 3},
         "match": "none",
+    },
+    "image_regression": {
+        "tokens": 600_000,
+        "tune_tokens": 200_000,
+        "batch_size": 1024,
+        "learning_rates": (1e-3, 3e-2),
+        "baseline": "experts=1, log2_size=12",
+        "model": {},
     },
     "click_through": {
         "tokens": 400_000,

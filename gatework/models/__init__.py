@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from gatework.models.classifier import Classifier
 from gatework.models.click_through import ClickThrough
+from gatework.models.coordinates import CoordinateNetwork
 from gatework.models.decoder import Decoder
 
 #: What a task of the bench may ask for, by name. Each class says in ``task_arguments`` which of its arguments the task gives;
 #: a study may set the others.
-BACKBONES: dict[str, type[Any]] = {"classifier": Classifier, "click_through": ClickThrough, "decoder": Decoder}
+BACKBONES: dict[str, type[Any]] = {
+    "classifier": Classifier, "click_through": ClickThrough, "coordinates": CoordinateNetwork, "decoder": Decoder,
+}
 
 __all__ = [
-    "BACKBONES", "AdvanceSchedules", "Classifier", "ClickThrough", "Decoder", "GateworkConfig", "GateworkForCausalLM",
-    "byte_tokenizer",
+    "BACKBONES", "AdvanceSchedules", "Classifier", "ClickThrough", "CoordinateNetwork", "Decoder", "GateworkConfig",
+    "GateworkForCausalLM", "byte_tokenizer",
 ]
 
 if TYPE_CHECKING:

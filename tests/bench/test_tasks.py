@@ -13,11 +13,13 @@ import torch
 
 import gatework
 from gatework.bench.tasks import TASKS, make_task
+from gatework.bench.tasks.base import RegressionTask
 from gatework.bench.tasks.recall import IGNORE
 from gatework.core import GateworkError
 from gatework.models import BACKBONES
 
-NAMES = ["text", "digits", "mnist1d", "recall", "click_through"]
+NAMES = ["text", "digits", "mnist1d", "recall", "click_through", "image_regression"]
+SCORES = {"text": "loss", "click_through": "auc_error", "image_regression": "mse"}
 _made = {}
 
 
@@ -37,11 +39,15 @@ def uniform(made):
         return lambda x: torch.zeros(*x.shape, made.model_arguments()["vocab_size"])
     if made.backbone == "click_through":
         return lambda x: torch.zeros(len(x))
+    if isinstance(made, RegressionTask):
+        return lambda x: torch.zeros(len(x), made.splits["train"][1].shape[1])
     return lambda x: torch.zeros(len(x), made.model_arguments()["classes"])
 
 
-def chance(made):
-    """The loss of a model that knows nothing."""
+def chance(made, y):
+    """The loss on targets ``y`` of a model that knows nothing."""
+    if isinstance(made, RegressionTask):
+        return y.square().mean().item()
     if made.backbone == "click_through":
         return math.log(2)
     return math.log(made.model_arguments().get("vocab_size") or made.model_arguments()["classes"])
@@ -50,6 +56,8 @@ def chance(made):
 def smallest(made):
     """A small model for the task."""
     sizes = {"decoder": {"layers": 1, "heads": 1}, "classifier": {"backbone": "mlp", "layers": 1}, "click_through": {}}
+    if isinstance(made, RegressionTask):
+        return BACKBONES[made.backbone](**made.model_arguments(), d_ff=8)
     return BACKBONES[made.backbone](**made.model_arguments(), d_model=8, **sizes[made.backbone])
 
 
@@ -83,7 +91,7 @@ def test_a_model_built_from_its_arguments_fits_and_is_scored(name):
     loss = made.loss(model(x), y)
     loss.backward()
     assert loss.ndim == 0
-    assert loss.item() == pytest.approx(chance(made), rel=0.3)
+    assert loss.item() == pytest.approx(chance(made, y), rel=0.3)
     with torch.no_grad():
         scores = made.evaluate(model, "validation", max_batches=1)
         assert scores == made.evaluate(model, "validation", max_batches=1)
@@ -96,7 +104,7 @@ def test_a_model_that_knows_nothing_scores_chance(name):
     made = task(name)
     for split in ("validation", "test"):
         scores = made.evaluate(uniform(made), split)
-        assert scores["loss"] == pytest.approx(chance(made), rel=1e-5)
+        assert scores["loss"] == pytest.approx(chance(made, made.splits[split][1] if hasattr(made, "splits") else None), rel=1e-5)
         if "error" in scores:
             assert scores["error"] == pytest.approx(1 - scores["accuracy"])
 
@@ -106,7 +114,7 @@ def test_units_are_counted_and_the_hash_is_of_the_data(name):
     made = task(name)
     ((x, _),) = take(made, 0, 5, 1)
     assert made.units_per_batch(5) == (x.numel() if made.unit == "token" else len(x))
-    assert (made.score_name, made.lower_is_better) == ({"text": "loss", "click_through": "auc_error"}.get(name, "error"), True)
+    assert (made.score_name, made.lower_is_better) == (SCORES.get(name, "error"), True)
     if name != "mnist1d":  # Seconds to make; its own test makes it twice.
         assert make_task(name).data_hash == made.data_hash
     assert len({task(other).data_hash for other in NAMES}) == len(NAMES)
@@ -127,6 +135,7 @@ def test_units_are_counted_and_the_hash_is_of_the_data(name):
         ("recall", {"pairs": 16, "vocab_size": 32}, "16 pairs need a vocabulary of at least 34, got 32"),
         ("recall", {"pairs": 0}, "0 pairs need"),
         ("recall", {"alpha": 0.0}, "alpha must be positive, got 0.0"),
+        ("image_regression", {"side": 9}, "an even side of at least 8 and squares of 1 to side / 2, got 9 and 4"),
         ("click_through", {"fields": 5}, "fields must be even and at least 4, values even and at least 2, got 5 and 100"),
         ("click_through", {"values": 0}, "got 12 and 0"),
         ("click_through", {"effect": 0.0}, "examples must be at least 100 and effect positive, got 20000 and 0.0"),
@@ -447,3 +456,27 @@ def test_auc_is_that_of_the_ranks():
     assert found["auc"] == pytest.approx(wins, abs=1e-9)
     assert found["auc_error"] == pytest.approx(1 - wins, abs=1e-9)
     assert math.isnan(made.evaluate(lambda x: torch.full((len(x),), math.nan), "test")["auc"])
+
+
+# image_regression
+
+
+def test_the_picture_is_smooth_on_one_half_and_a_checkerboard_on_the_other():
+    made = make_task("image_regression", side=32, square=2, seed=3)
+    x, y = (torch.cat([made.splits[name][i] for name in ("train", "validation", "test")]) for i in (0, 1))
+    assert [len(made.splits[name][0]) for name in ("train", "validation", "test")] == [616, 204, 204]
+    picture = torch.full((32, 32), math.nan)
+    where = x * 32 - 0.5
+    assert torch.equal(where, where.round())
+    picture[tuple(where.long().T)] = y[:, 0]
+    assert not picture.isnan().any(), "every pixel is in one split"
+    board = [[1.0 if (i // 2 + j // 2) % 2 == 0 else -1.0 for j in range(32)] for i in range(16, 32)]
+    assert picture[16:].tolist() == board
+    smooth = picture[:16]
+    assert smooth.mean().item() == pytest.approx(0, abs=1e-6)
+    assert smooth.var(correction=0).item() == pytest.approx(1, rel=1e-5)
+    steps = torch.cat([smooth.diff(dim=0).flatten(), smooth.diff(dim=1).flatten()])
+    assert steps.abs().max() < 0.8 < picture[16:].diff(dim=1).abs().max()
+    perfect = made.evaluate(lambda x: picture[tuple((x * 32 - 0.5).long().T)][:, None] + 0.1, "test")
+    assert perfect["mse"] == pytest.approx(0.01, rel=1e-4)
+    assert perfect["psnr"] == pytest.approx(10 * math.log10(4 / 0.01), rel=1e-4)

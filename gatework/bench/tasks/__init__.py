@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 from gatework.bench.tasks.base import Batch, Predict, Split, SupervisedTask, Task
 from gatework.bench.tasks.click_through import ClickThrough
 from gatework.bench.tasks.digits import Digits
+from gatework.bench.tasks.image_regression import ImageRegression
 from gatework.bench.tasks.mnist1d import MNIST1D
 from gatework.bench.tasks.recall import Recall
 from gatework.bench.tasks.text import Text
@@ -16,7 +17,7 @@ from gatework.core.registry import _fits as fits
 from gatework.core.registry import parameters, suggest
 
 #: The tasks by name.
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Digits, MNIST1D, Recall, ClickThrough)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression)}
 
 
 def task_class(name: str) -> type[Task]:

@@ -109,6 +109,35 @@ class SupervisedTask(Task):
         return {"loss": total / count, "accuracy": right / count, "error": 1 - right / count}
 
 
+class RegressionTask(SupervisedTask):
+    """A regression task whose three splits are tensors in memory; the score is the mean squared error over all outputs."""
+
+    score_name = "mse"
+    score_unit = "mean squared error"
+
+    def __init__(self, splits: dict[str, Batch]) -> None:
+        super().__init__(splits, classes=0)
+
+    @abstractmethod
+    def model_arguments(self) -> dict[str, Any]:
+        """What the model must be built with to fit the data."""
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """Mean squared error."""
+        return torch.nn.functional.mse_loss(output.float(), y)
+
+    def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
+        """``mse``, and the same as ``loss``."""
+        x, y = self.splits[split]
+        rows = len(x) if max_batches is None else min(len(x), max_batches * self.EVALUATION_BATCH)
+        total = 0.0
+        for start in range(0, rows, self.EVALUATION_BATCH):
+            inputs, targets = x[start : min(start + self.EVALUATION_BATCH, rows)], y[start : min(start + self.EVALUATION_BATCH, rows)]
+            total += float((predict(inputs).float() - targets).square().double().sum())
+        mse = total / (rows * y[0].numel())
+        return {"loss": mse, "mse": mse}
+
+
 def digest(*tensors: Tensor) -> str:
     """A short hash of tensors' contents."""
     sha = hashlib.sha256()
