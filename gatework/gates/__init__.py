@@ -1,11 +1,14 @@
-"""Who is chosen: routers and selectors that return a ``Routing``."""
+"""Who is chosen: routers that return a ``Routing``, and gates on channels, which :func:`attach` puts into any model."""
 
 from typing import TYPE_CHECKING, Any
 
 from gatework.core.registry import export as _export
+from gatework.gates.channels import attach as attach
+from gatework.gates.channels import compact as compact
+from gatework.gates.channels import fold as fold
 
 globals().update(_parts := _export(__name__))
-__all__ = sorted(_parts)
+__all__ = sorted([*_parts, "attach", "compact", "fold"])
 
 if TYPE_CHECKING:
 

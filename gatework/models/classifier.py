@@ -144,6 +144,12 @@ class Classifier(nn.Module):
         blocks: nn.ModuleList = self.depth.blocks  # type: ignore[assignment]
         return blocks
 
+    @property
+    def layer_chain(self) -> list[nn.Module]:
+        """The modules of an ``mlp`` or a ``convnet``, which run one after the other (the mean over positions as ``nn.Flatten``);
+        none of a ``vit``."""
+        return [] if self.backbone == "vit" else [*self._blocks, nn.Flatten(), self.head]
+
     def forward(self, x: Float[Tensor, B *shape]) -> Float[Tensor, "B C"]:
         """Logits of the classes."""
         if tuple(x.shape[1:]) != self.input_shape:
