@@ -166,7 +166,8 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gated: Tensor, prompt_values: Tensor, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, causal: bool
+        ctx: Any, gated: Tensor, prompt_values: Tensor, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None,
+        causal: bool,
     ) -> Tensor:
         own, lse = aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, 0.0, causal, attn_mask=bias)
         joint = torch.logaddexp(lse, gated.logsumexp(-1))
