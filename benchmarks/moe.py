@@ -23,7 +23,7 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 def sides(experts: int, k: int, dtype: torch.dtype) -> tuple[MoE, dict[str, MixtralSparseMoeBlock]]:
     torch.manual_seed(0)
-    ours = MoE(D_MODEL, d_ff=D_FF, experts=experts, gate=f"topk(k={k}, switch=0.0, z=0.0)").to(dtype)
+    ours = MoE(D_MODEL, d_ff=D_FF, experts=experts, gate=f"topk(k={k}, balance=[])").to(dtype)
     peers = {}
     for name in IMPLEMENTATIONS:
         config = MixtralConfig(

@@ -1,14 +1,18 @@
-"""What gates share: the choice of the top k, statistics over real tokens, balance losses and the monitoring of a
+"""What gates share: the choice of the top k, statistics over real tokens, balance losses and terms, the monitoring of a
 routing."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gatework.core.contracts import Gate
+from gatework.core.contracts import Gate, in_backward
+from gatework.core.registry import build
 from gatework.core.routing import Routing
 from gatework.ops.precision import without_autocast
 
@@ -55,18 +59,23 @@ def mean_over(values: Float[Tensor, "N *rest"], mask: Bool[Tensor, "N"] | None) 
     return (values * weights).sum(0) / mask.sum().clamp(min=1)
 
 
-def switch_loss(
-    probs: Float[Tensor, "N E"], experts: Int[Tensor, "N k"], mask: Bool[Tensor, "N"] | None
+def share_loss(
+    probs: Float[Tensor, "N E"], chosen: Int[Tensor, "E"], mask: Bool[Tensor, "N"] | None
 ) -> Float[Tensor, ""]:
     """``E sum_e f_e P_e``: f_e the share of the choices that fell on e (no gradient), P_e the mean probability; 1
     when uniform.
 
     Fedus et al., Switch Transformers, 2021, arXiv 2101.03961, equations 4 to 6, with f_e divided by k as well.
     """
-    n_experts = probs.shape[1]
-    chosen = counts(experts, n_experts, mask)
     shares = chosen.to(probs.dtype) / chosen.sum().clamp(min=1)
-    return n_experts * (shares * mean_over(probs, mask)).sum()
+    return probs.shape[1] * (shares * mean_over(probs, mask)).sum()
+
+
+def switch_loss(
+    probs: Float[Tensor, "N E"], experts: Int[Tensor, "N k"], mask: Bool[Tensor, "N"] | None
+) -> Float[Tensor, ""]:
+    """:func:`share_loss` where every slot is used."""
+    return share_loss(probs, counts(experts, probs.shape[1], mask), mask)
 
 
 def z_loss(logits: Float[Tensor, "N E"], mask: Bool[Tensor, "N"] | None) -> Float[Tensor, ""]:
@@ -92,19 +101,92 @@ def monitor(routing: Routing, mask: Bool[Tensor, "N"] | None, training: bool) ->
     return found
 
 
-class Router(Gate):
-    """A gate with one linear map from tokens to expert logits, choosing k experts."""
+def loss_weight(weight: float) -> float:
+    """The factor of a loss, which is at least 0."""
+    if not weight >= 0:
+        raise ValueError(f"weight must be at least 0, got {weight}")
+    return weight
 
-    def __init__(self, d_model: int, n_experts: int, k: int) -> None:
+
+def balance_terms(balance: Any, n_experts: int, offered: tuple[str, ...] = ()) -> nn.ModuleDict:
+    """The terms of a gate by registered name: of part expressions, classes or instances, in a list or alone (None: none).
+
+    ``offered`` are the conditions that the gate can give them.
+
+    Raises:
+        ValueError: a term named twice, made for another number of experts, or in need of what the gate does not offer.
+    """
+    given = [] if balance is None else list(balance) if isinstance(balance, list | tuple) else [balance]
+    terms = nn.ModuleDict()
+    for item in given:
+        term = build(item, "balance", n_experts=n_experts)
+        name = term.part_name
+        if name in terms:
+            raise ValueError(f"balance has {name} twice; give each term once")
+        if getattr(term, "n_experts", n_experts) != n_experts:
+            raise ValueError(f"{name} is made for {term.n_experts} experts, the gate has {n_experts}")
+        missing = [condition for condition in term.conditions if condition not in offered]
+        if missing:
+            raise ValueError(f"{name} needs {' and '.join(missing)}, which this gate does not have; noisy_topk does")
+        terms[name] = term
+    return terms
+
+
+class Router(Gate):
+    """A gate with one linear map from tokens to expert logits, choosing k experts, with balance terms.
+
+    A subclass chooses by :meth:`choose` and hands its routing out through :meth:`finish`. What it offers to terms beside the
+    routing stands in ``offers``.
+
+    Raises:
+        ValueError: k outside 1..E; what :func:`balance_terms` refuses.
+    """
+
+    offers: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, d_model: int, n_experts: int, k: int, balance: Any = None) -> None:
         super().__init__()
         if not 1 <= k <= n_experts:
             raise ValueError(f"k must be between 1 and the number of experts {n_experts}, got {k}")
         self.d_model, self.n_experts, self.k = d_model, n_experts, k
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+        self.balance = balance_terms(balance, n_experts, self.offers)
 
     def extra_repr(self) -> str:
         """The sizes."""
         return f"d_model={self.d_model}, n_experts={self.n_experts}, k={self.k}"
+
+    def choose(self, scores: Float[Tensor, "N E"]) -> Int[Tensor, "N k"]:
+        """The k experts with the highest scores, after the terms have shifted them."""
+        return top_k(self.shifted(scores), self.k)
+
+    def shifted(self, scores: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+        """The scores that the choice is made by."""
+        for term in self.balance.values():
+            scores = term.shift(scores)  # type: ignore[operator]
+        return scores
+
+    def finish(
+        self,
+        routing: Routing,
+        mask: Bool[Tensor, "N"] | None,
+        conditions: Mapping[str, Tensor] | None = None,
+        balanced: Routing | None = None,
+    ) -> Routing:
+        """Set the losses (in training) and metrics of ``routing``, and return it.
+
+        The terms get those of the ``conditions`` that they ask for, and see ``balanced`` where it is given.
+        """
+        said = {}
+        if self.training:
+            for name, term in self.balance.items():
+                wanted: Any = {key: value for key, value in (conditions or {}).items() if key in term.conditions}  # type: ignore
+                loss = term(routing if balanced is None else balanced, mask, **wanted)
+                if loss is not None:
+                    said[name] = loss
+        if not in_backward():
+            self.losses, self.metrics = said, self.monitor(routing, mask)
+        return routing
 
     def monitor(self, routing: Routing, mask: Bool[Tensor, "N"] | None) -> dict[str, Tensor]:
         """:func:`monitor` in the router's mode."""

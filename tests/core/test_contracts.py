@@ -163,10 +163,10 @@ def test_recomputation_is_told_from_the_forward_pass(reentrant):
 def test_statistics_count_each_token_once_under_checkpointing():
     def chosen(run):
         torch.manual_seed(0)
-        gate = build("topk(k=2, bias_rate=0.1)", "gate", d_model=4, n_experts=4)
+        gate = build("topk(k=2, balance=loss_free)", "gate", d_model=4, n_experts=4)
         routing = run(gate, X.clone().requires_grad_())
         routing.sum().backward()
-        return gate.chosen.clone()
+        return gate.balance.loss_free.counts.clone()
 
     plain = chosen(lambda gate, x: gate(x).weights)
     assert plain.sum() == 3 * 2

@@ -7,7 +7,6 @@ import torch
 
 from gatework.core import losses
 from gatework.gates import NoisyTopK
-from gatework.gates.base import cv_squared
 
 D, E = 6, 5
 
@@ -52,7 +51,7 @@ def test_training_follows_the_equations_under_the_same_noise(k):
     importance = dense.sum(0)
     expected = {"importance": 0.1 * importance.var(correction=0) / importance.mean() ** 2}
     if k < E:
-        expected["load_loss"] = 0.1 * load.var(correction=0) / load.mean() ** 2
+        expected["load"] = 0.1 * load.var(correction=0) / load.mean() ** 2
     assert set(found) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9)
@@ -74,32 +73,6 @@ def test_the_start_is_uniform():
     torch.testing.assert_close(routing.weights, torch.full((9, 2), 0.5, dtype=torch.float64))
 
 
-def test_equal_clean_logits_and_no_spread_have_no_load_loss():
-    g = NoisyTopK(D, E).double()
-    clean = torch.zeros(4, E, dtype=torch.float64)
-    load = g.expected_load(clean, clean, torch.ones_like(clean))
-    assert cv_squared(load).item() == pytest.approx(0, abs=1e-20)
-
-
-def test_expected_load_is_the_expected_number_of_choices():
-    g, x = gate(k=2), tokens(3)
-    clean, scale = x @ g.weight.T, softplus(x @ g.noise_weight.T) + 1e-2
-    generator = torch.Generator().manual_seed(2)
-    total, chosen, draws = 0.0, torch.zeros(E, dtype=torch.float64), 4000
-    for _ in range(draws):
-        h = clean + scale * torch.randn(clean.shape, dtype=torch.float64, generator=generator)
-        load = g.expected_load(clean, h, scale)
-        total = total + load.detach() / draws
-        chosen += torch.bincount(h.topk(2).indices.flatten(), minlength=E) / draws
-    assert total.sum().item() == pytest.approx(2 * 3, rel=0.02)
-    torch.testing.assert_close(total, chosen, rtol=0.05, atol=0.05)
-
-
-def test_cv_squared_uses_the_population_variance():
-    values = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
-    assert cv_squared(values).item() == pytest.approx(3.5 / 9)
-
-
 def test_gradients_reach_both_matrices():
     g = gate()
     routing = g(tokens())
@@ -111,5 +84,15 @@ def test_gradients_reach_both_matrices():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="between 1 and the number of experts 5"):
         NoisyTopK(D, E, k=0)
-    with pytest.raises(ValueError, match="at least 0"):
-        NoisyTopK(D, E, load=-1.0)
+    with pytest.raises(ValueError, match="load: weight must be at least 0, got -1"):
+        NoisyTopK(D, E, balance="load(-1.0)")
+
+
+def test_any_term_fits():
+    g = gate(balance=["switch(1.0)", "z_loss(1.0)", "loss_free(0.5)", "load"])
+    g.balance.loss_free.bias[3] = 1e4
+    routing = g(tokens())
+    assert (routing.experts[:, 0] == 3).all()  # The bias decides who is chosen ...
+    torch.testing.assert_close(routing.weights, routing.logits.gather(1, routing.experts).softmax(1), rtol=0, atol=0)  # ... alone.
+    assert set(losses(g)) == {"switch", "z_loss", "load"}
+    assert g.balance.loss_free.counts.sum() == 9 * 2

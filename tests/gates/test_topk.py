@@ -1,4 +1,4 @@
-"""Plain top-k routing: weights, balance losses, the loss-free bias."""
+"""Plain top-k routing: weights, statistics, the balance terms that it takes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from gatework.core import advance, losses, metrics
-from gatework.gates import TopK
-from gatework.gates.base import switch_loss, top_k
+from gatework.core import build, losses, metrics
+from gatework.gates import NoisyTopK, Switch, TopK, ZLoss
+from gatework.gates.base import top_k
 
 D, E = 6, 5
 
@@ -65,38 +64,6 @@ def test_ties_go_to_the_lower_index(k):
     assert top_k(torch.tensor([[0.0, 1.0, 1.0, 2.0, 1.0]]), 3).tolist() == [[3, 1, 2]]
 
 
-def test_a_constant_on_all_logits_changes_z_alone():
-    g, x = gate(switch=1.0, z=1.0), tokens()
-    x = torch.cat([x[:, :-1], torch.ones(len(x), 1, dtype=torch.float64)], 1)
-    first, before = g(x), losses(g)
-    with torch.no_grad():
-        g.weight[:, -1] += 2.5
-    second, after = g(x), losses(g)
-    assert torch.equal(first.experts, second.experts)
-    torch.testing.assert_close(first.weights, second.weights, rtol=0, atol=1e-12)
-    torch.testing.assert_close(before["switch"], after["switch"], rtol=0, atol=1e-12)
-    z = torch.logsumexp(x @ g.weight.T, 1).square().mean()
-    torch.testing.assert_close(after["z"], z, rtol=0, atol=1e-12)
-    assert abs(after["z"] - before["z"]) > 0.1
-
-
-def test_switch_loss_is_one_when_uniform_and_least_there():
-    uniform = torch.full((E, E), 1 / E, dtype=torch.float64)
-    everyone = torch.arange(E)[:, None]
-    assert switch_loss(uniform, everyone, None).item() == pytest.approx(1)
-    skewed = torch.softmax(torch.randn(200, E, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 3, 1)
-    skewed[:, 0] += 1
-    skewed = skewed / skewed.sum(1, keepdim=True)
-    assert switch_loss(skewed, top_k(skewed, 2), None).item() > 1.2
-
-
-def test_switch_loss_by_hand():
-    probs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]], dtype=torch.float64)
-    chosen = torch.tensor([[0, 1], [1, 2]])
-    expected = 3 * (0.25 * 0.4 + 0.5 * 0.4 + 0.25 * 0.2)
-    assert switch_loss(probs, chosen, None).item() == pytest.approx(expected)
-
-
 def test_losses_only_in_training():
     g = gate().eval()
     g(tokens())
@@ -105,11 +72,12 @@ def test_losses_only_in_training():
 
 
 def test_padding_is_routed_nowhere_and_enters_nothing():
-    g, x = gate(bias_rate=0.1, switch=1.0, z=1.0), tokens()
+    g, x = gate(balance=["switch(1.0)", "z_loss(1.0)", "importance", "loss_free"]), tokens()
+    free = g.balance.loss_free
     mask = torch.arange(len(x)) % 3 != 0
     full = g(x, mask)
-    with_padding, seen, counted = losses(g), metrics(g), g.chosen.clone()
-    g.chosen.zero_()
+    with_padding, seen, counted = losses(g), metrics(g), free.counts.clone()
+    free.counts.zero_()
     alone = g(x[mask])
     assert not full.weights[~mask].any()
     torch.testing.assert_close(full.weights[mask], alone.weights, rtol=0, atol=0)
@@ -117,7 +85,8 @@ def test_padding_is_routed_nowhere_and_enters_nothing():
         torch.testing.assert_close(with_padding[name], value, rtol=0, atol=1e-12)
     for name, value in metrics(g).items():
         torch.testing.assert_close(seen[name], value, rtol=0, atol=1e-12)
-    assert torch.equal(counted, g.chosen)
+    assert set(with_padding) == {"switch", "z_loss", "importance"}
+    assert torch.equal(counted, free.counts)
 
 
 def test_metrics_by_hand():
@@ -129,40 +98,6 @@ def test_metrics_by_hand():
     assert found["max_violation"].item() == pytest.approx((counts.max() / counts.mean() - 1).item())
     entropy = -(routing.probs * routing.probs.log()).sum(1).mean()
     assert found["entropy"].item() == pytest.approx(entropy.item())
-
-
-def test_the_bias_moves_by_its_rate_against_the_load_and_only_selects():
-    g, x = gate(k=1, normalize="none", bias_rate=0.05), tokens(64)
-    plain = g(x)
-    g(x)  # A second micro-batch before the step.
-    counts = 2 * torch.bincount(plain.experts.flatten(), minlength=E)
-    assert torch.equal(g.chosen, counts.float())
-    advance(g, 1, 10)
-    torch.testing.assert_close(g.bias, 0.05 * torch.sign(counts.float().mean() - counts))
-    assert not g.chosen.any()
-    again = g(x)
-    same = (again.experts == plain.experts)[:, 0]
-    assert same.any()
-    assert torch.equal(again.weights[same], plain.weights[same])
-    assert "bias" in g.state_dict()
-    assert not g.bias.requires_grad
-
-
-def test_the_bias_balances_a_fixed_router():
-    g, x = gate(k=1, bias_rate=0.02), tokens(256)
-    g(x)
-    start = metrics(g)["max_violation"]
-    for step in range(200):
-        g(x)
-        advance(g, step + 1, 200)
-    g(x)
-    assert metrics(g)["max_violation"] < start / 3
-
-
-def test_checkpointing_counts_once():
-    g, x = gate(bias_rate=0.1), tokens().requires_grad_()
-    checkpoint(lambda y: g(y).weights, x, use_reentrant=False).sum().backward()
-    assert g.chosen.sum().item() == 2 * len(x)
 
 
 def test_routing_is_float32_under_autocast():
@@ -192,8 +127,52 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize(
+    ("balance", "names"),
+    [
+        ([], []), (None, []), ("switch(0.5)", ["switch"]), (ZLoss, ["z_loss"]), (Switch(0.5), ["switch"]),
+        ([ZLoss(0.1), "importance", Switch], ["z_loss", "importance", "switch"]),
+        (("loss_free", Switch), ["loss_free", "switch"]),
+    ],
+)
+def test_balance_takes_expressions_classes_and_instances(balance, names):
+    g = TopK(D, E, balance=balance)
+    assert list(g.balance) == names
+    g(tokens().float())
+    assert list(losses(g)) == [name for name in names if name != "loss_free"]
+
+
+def test_balance_in_an_expression():
+    g = build("topk(k=1, balance=[switch(0.5), loss_free(rate=0.1)])", "gate", d_model=D, n_experts=E)
+    assert (g.balance.switch.weight, g.balance.loss_free.rate, g.balance.loss_free.n_experts) == (0.5, 0.1, E)
+    assert list(build("topk(balance=z_loss)", "gate", d_model=D, n_experts=E).balance) == ["z_loss"]
+    default = build("topk", "gate", d_model=D, n_experts=E).balance
+    assert {name: term.weight for name, term in default.items()} == {"switch": 0.01, "z_loss": 0.001}
+
+
+@pytest.mark.parametrize("cls", [TopK, NoisyTopK])
+def test_padding_gets_no_gradient_from_the_terms(cls):
+    torch.manual_seed(0)
+    g, x = cls(D, E, balance=["importance", "switch", "z_loss"]).double(), tokens().requires_grad_()
+    torch.nn.init.normal_(g.weight)
+    mask = torch.arange(len(x)) % 2 == 0
+    g(x, mask)
+    sum(losses(g).values()).backward()
+    assert not x.grad[~mask].any()
+    assert x.grad[mask].any(1).all()
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
-    [({"k": 6}, "between 1 and the number of experts 5"), ({"switch": -1.0}, "at least 0"), ({"jitter": 1.0}, "jitter in")],
+    [
+        ({"k": 6}, "k must be between 1 and the number of experts 5, got 6"),
+        ({"jitter": 1.0}, "jitter must be in"),
+        ({"balance": "switch(weight=-1.0)"}, "switch: weight must be at least 0, got -1.0"),
+        ({"balance": ["switch", Switch(0.1)]}, "balance has switch twice; give each term once"),
+        ({"balance": "load"}, "load needs clean and scale, which this gate does not have; noisy_topk does"),
+        ({"balance": "topk"}, "'topk' is a gate, not a balance"),
+        ({"balance": ["loss_free(n_experts=4)"]}, "loss_free: n_experts is 5 in the model around it"),
+        ({"balance": build("loss_free(n_experts=4)", "balance")}, "loss_free is made for 4 experts, the gate has 5"),
+    ],
 )
 def test_wrong_arguments(settings, message):
     with pytest.raises(ValueError, match=message):

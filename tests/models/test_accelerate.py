@@ -21,9 +21,10 @@ SCRIPT = Path(__file__).with_name("launched.py")
 #: What is a mean over tokens or a count is the same over two halves of a batch and over the whole. The Switch loss is a product
 #: of two means, which each process takes over its own tokens, as all trainers do: it is off. So are quantiles, of which each
 #: process keeps those of its own tokens.
+BALANCE = "[z_loss(0.01), loss_free(0.01)]"
 MODELS = {
     "hybrid": {"mixer": "gla, gla, attention"},
-    "moe": {"mixer": "gla, attention", "feedforward": "moe(experts=4, d_ff=8, gate=topk(k=2, switch=0.0, z=0.01, bias_rate=0.01))"},
+    "moe": {"mixer": "gla, attention", "feedforward": f"moe(experts=4, d_ff=8, gate=topk(balance={BALANCE}))"},
     "gateskip": {"depth": "gateskip(budget=1.0)"},
 }
 FSDP2 = {

@@ -100,9 +100,12 @@ def test_training_by_the_loss_reaches_routers_and_gates(make):
 
 CHECKPOINTED = {
     "attention": {},
-    "routing": {"feedforward": "moe(experts=4, gate=topk(bias_rate=0.01, jitter=0.1)), moe(gate=noisy_topk)", "mixer": "gla"},
+    "routing": {
+        "feedforward": "moe(experts=4, gate=topk(jitter=0.1, balance=[switch, z_loss, loss_free])), moe(gate=noisy_topk)",
+        "mixer": "gla",
+    },
     "gateskip": {
-        "depth": "gateskip(budget=0.5, warmup=0)", "mixer": "gated_attention", "feedforward": "moe(gate=topk(bias_rate=0.1))",
+        "depth": "gateskip(budget=0.5, warmup=0)", "mixer": "gated_attention", "feedforward": "moe(gate=topk(balance=loss_free))",
     },
     "versatile": {"feedforward": "versatile_ffn(experts=4)", "depth": "gateskip(budget=0.7, warmup=0)"},
     "recursive": {"depth": "recursive(loops=2, rank=2)", "mixer": "gla"},
@@ -145,7 +148,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make, settings):
         torch.testing.assert_close(other_buffers, buffers, rtol=0, atol=0, equal_nan=True)
         assert "plain" in how or kept < whole / 4
     if settings is CHECKPOINTED["routing"]:
-        assert any(name.endswith("gate.bias") and tensor.abs().sum() > 0 for name, tensor in buffers.items())
+        assert any(name.endswith("loss_free.bias") and tensor.abs().sum() > 0 for name, tensor in buffers.items())
     if settings is CHECKPOINTED["gateskip"]:
         assert buffers["model.depth.passes"] == 2
 

@@ -18,13 +18,13 @@ SETTINGS = {
     "plain": {},
     "untied": {"tie_embeddings": False, "mixer": "attention(qk_norm=true)", "feedforward": "glu(bias=true)"},
     "gates": {"mixer": "gla, gated_attention", "depth": "gateskip(budget=0.5)"},
-    "moe": {"feedforward": "moe(experts=4, shared=1, gate=topk(bias_rate=0.01)), moe(experts=4, gate=noisy_topk)"},
+    "moe": {"feedforward": "moe(experts=4, shared=1, gate=topk(balance=loss_free)), moe(experts=4, gate=noisy_topk)"},
     "versatile": {"feedforward": "versatile_ffn(experts=4)", "depth": "gateskip(gate_form=mlp, shared=true)"},
     "recursive": {"depth": "recursive(loops=2, rank=2)", "mixer": "gla"},
     "ternary": {"weight": "ternary", "feedforward": "moe(experts=4)"},
 }
 #: Buffers that stay in float32 whatever the model's dtype is.
-EXACT = ("budgets", "progress", "quantiles", "gate.bias", "gate.chosen")
+EXACT = ("budgets", "progress", "quantiles", "loss_free.bias")
 
 
 def odd(model: GateworkForCausalLM) -> GateworkForCausalLM:
@@ -95,7 +95,7 @@ def test_a_new_model_starts_as_its_decoder_does():
 
 
 def test_a_model_made_without_memory_starts_as_its_decoder_does():
-    config = GateworkConfig(vocab_size=31, d_model=16, depth="gateskip", feedforward="moe(experts=4, gate=topk(bias_rate=0.1))")
+    config = GateworkConfig(vocab_size=31, d_model=16, depth="gateskip", feedforward="moe(experts=4, gate=topk(balance=loss_free))")
     with torch.device("meta"):
         model = GateworkForCausalLM(config)
     model.to_empty(device="cpu").init_weights()
@@ -124,7 +124,7 @@ def starts_as_new(model: GateworkForCausalLM, names: list[str]) -> None:
 
 
 def test_missing_tensors_start_as_a_new_part_does(make, tmp_path):
-    settings = SETTINGS["gates"] | {"d_model": 64, "feedforward": "moe(experts=4, gate=topk(bias_rate=0.01)), versatile_ffn"}
+    settings = SETTINGS["gates"] | {"d_model": 64, "feedforward": "moe(experts=4, gate=topk(balance=loss_free)), versatile_ffn"}
     model = odd(make(torch.float32, **settings))
     model.save_pretrained(tmp_path)
     held = load_file(tmp_path / "model.safetensors")

@@ -130,7 +130,7 @@ def test_layers_that_are_used_in_slices_refuse_adapters():
 
 
 def test_trainer_trains_the_adapters_alone(tmp_path):
-    plain = base(feedforward="moe(experts=3, gate=topk(k=2, bias_rate=0.01))").float()
+    plain = base(feedforward="moe(experts=3, gate=topk(k=2, balance=[switch, z_loss, loss_free(0.01)]))").float()
     model = adapted(copy.deepcopy(plain), STACKED).float()
     rows = [{"input_ids": row, "labels": row} for row in tokens(8)]
     arguments = TrainingArguments(
@@ -144,4 +144,4 @@ def test_trainer_trains_the_adapters_alone(tmp_path):
     before = plain.state_dict()
     after = model.unload().state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"model.depth.blocks.{i}.feedforward.gate.bias" for i in range(2)}
+    assert changed == {f"model.depth.blocks.{i}.feedforward.gate.balance.loss_free.bias" for i in range(2)}

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.oldest
 
 TEXT = "Full fathom five thy father lies; of his bones are coral made; those are pearls that were his eyes. " * 8
 
-HYBRID = {"mixer": "gla, attention", "feedforward": "moe(experts=4, gate=topk(k=2, bias_rate=0.01))"}
+HYBRID = {"mixer": "gla, attention", "feedforward": "moe(experts=4, gate=topk(k=2, balance=[switch, z_loss, loss_free(0.01)]))"}
 SKIPPING = {"mixer": "attention", "depth": "gateskip(budget=0.5, warmup=0.5)"}
 
 
@@ -53,7 +53,7 @@ def test_the_loss_falls_and_the_schedules_move(settings, tmp_path):
     assert curve[0] > 5  # About log(256), and a little of the parts' own losses.
     assert sum(curve[-5:]) / 5 < 2.8
     if settings is HYBRID:
-        biases = [block.feedforward.gate.bias for block in trained.model.blocks]
+        biases = [block.feedforward.gate.balance.loss_free.bias for block in trained.model.blocks]
         # Each step moved each bias by 0.01 up, down or not at all.
         for bias in biases:
             assert bias.abs().max() >= 0.01
