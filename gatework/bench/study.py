@@ -39,6 +39,12 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
         "homogeneous": "experts=4, log2_size=9, coarsest=128",
         "heterogeneous": "experts=4, log2_size=10, coarsest=8",
     },
+    "multitask": {
+        "dselect_k": "gate=dselect_k",
+        "static": "gate=dselect_k(static=true)",
+        "comet": "gate=comet",
+        "permutation": "gate=permutation_search(gate=comet)",
+    },
 }
 
 #: Defaults by task: what is not given in the file or by a flag.
@@ -92,6 +98,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "learning_rates": (5e-4, 2e-2),
         "baseline": "",
         "model": {"d_model": 8, "deep": 1},
+        "match": "none",
+    },
+    "multitask_regression": {
+        "tokens": 120_000,
+        "tune_tokens": 60_000,
+        "batch_size": 64,
+        "learning_rates": (1e-3, 5e-2),
+        "baseline": "gate=topk(k=2)",
+        "model": {"d_model": 16, "experts": 8, "d_ff": 16},
+        "match": "none",
+    },
+    "multitask_digits": {
+        "tokens": 60_000,
+        "tune_tokens": 30_000,
+        "batch_size": 64,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "gate=topk(k=2)",
+        "model": {"d_model": 16, "experts": 8, "d_ff": 32},
         "match": "none",
     },
 }

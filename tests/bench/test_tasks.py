@@ -18,8 +18,10 @@ from gatework.bench.tasks.recall import IGNORE
 from gatework.core import GateworkError
 from gatework.models import BACKBONES
 
-NAMES = ["text", "digits", "mnist1d", "recall", "click_through", "image_regression"]
-SCORES = {"text": "loss", "click_through": "auc_error", "image_regression": "mse"}
+NAMES = [
+    "text", "digits", "mnist1d", "recall", "click_through", "image_regression", "multitask_regression", "multitask_digits",
+]
+SCORES = {"text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse"}
 _made = {}
 
 
@@ -41,6 +43,8 @@ def uniform(made):
         return lambda x: torch.zeros(len(x))
     if isinstance(made, RegressionTask):
         return lambda x: torch.zeros(len(x), made.splits["train"][1].shape[1])
+    if made.backbone == "multitask":
+        return lambda x: torch.zeros(len(x), sum(made.model_arguments()["outputs"]))
     return lambda x: torch.zeros(len(x), made.model_arguments()["classes"])
 
 
@@ -48,6 +52,8 @@ def chance(made, y):
     """The loss on targets ``y`` of a model that knows nothing."""
     if isinstance(made, RegressionTask):
         return y.square().mean().item()
+    if made.backbone == "multitask":
+        return sum(math.log(classes) for classes in made.model_arguments()["outputs"]) / y.shape[1]
     if made.backbone == "click_through":
         return math.log(2)
     return math.log(made.model_arguments().get("vocab_size") or made.model_arguments()["classes"])
@@ -55,10 +61,10 @@ def chance(made, y):
 
 def smallest(made):
     """A small model for the task."""
-    sizes = {"decoder": {"layers": 1, "heads": 1}, "classifier": {"backbone": "mlp", "layers": 1}, "click_through": {}}
+    sizes = {"decoder": {"layers": 1, "heads": 1}, "classifier": {"backbone": "mlp", "layers": 1}}
     if isinstance(made, RegressionTask):
         return BACKBONES[made.backbone](**made.model_arguments(), d_ff=8)
-    return BACKBONES[made.backbone](**made.model_arguments(), d_model=8, **sizes[made.backbone])
+    return BACKBONES[made.backbone](**made.model_arguments(), d_model=8, **sizes.get(made.backbone, {}))
 
 
 # Every task
@@ -148,7 +154,13 @@ def test_wrong_names_and_options_are_refused_in_one_sentence(name, options, sent
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("digits", "sklearn.datasets"), ("mnist1d", "mnist1d.data"), ("click_through", "sklearn.metrics")]
+    ("name", "package"),
+    [
+        ("digits", "sklearn.datasets"),
+        ("multitask_digits", "sklearn.datasets"),
+        ("mnist1d", "mnist1d.data"),
+        ("click_through", "sklearn.metrics"),
+    ],
 )
 def test_a_missing_extra_is_named_with_its_installation(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)

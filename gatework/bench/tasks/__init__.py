@@ -9,6 +9,8 @@ from gatework.bench.tasks.click_through import ClickThrough
 from gatework.bench.tasks.digits import Digits
 from gatework.bench.tasks.image_regression import ImageRegression
 from gatework.bench.tasks.mnist1d import MNIST1D
+from gatework.bench.tasks.multitask_digits import MultitaskDigits
+from gatework.bench.tasks.multitask_regression import MultitaskRegression
 from gatework.bench.tasks.recall import Recall
 from gatework.bench.tasks.text import Text
 from gatework.core.errors import GateworkError
@@ -17,7 +19,11 @@ from gatework.core.registry import _fits as fits
 from gatework.core.registry import parameters, suggest
 
 #: The tasks by name.
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (
+        Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression, MultitaskRegression, MultitaskDigits,
+    )
+}
 
 
 def task_class(name: str) -> type[Task]:
