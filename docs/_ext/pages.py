@@ -50,6 +50,9 @@ FAMILIES = {
 USES = {
     "activation": ('build("glu(activation={})", "feedforward", d_model=64)', "feedforward=glu(activation={})"),
     "gate": ('build("moe(gate={})", "feedforward", d_model=64)', "feedforward=moe(gate={})"),
+    "balance": (
+        'build("noisy_topk(balance={})", "gate", d_model=64, n_experts=8)', "feedforward=moe(gate=noisy_topk(balance={}))",
+    ),
     "feedforward": ('Decoder(vocab_size=256, feedforward="{}")', "feedforward={}"),
     "mixer": ('Decoder(vocab_size=256, mixer="{}")', "mixer={}"),
     "depth": ('Decoder(vocab_size=256, depth="{}")', "depth={}"),
