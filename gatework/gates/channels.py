@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ _CHILD = {"output": "channel_gate", "input": "input_gate"}
 
 
 def attach(
-    model: nn.Module, pattern: str | Sequence[str], gate: Any, side: Literal["output", "input"] = "output"
+    model: nn.Module, pattern: str | Sequence[str], gate: Any, side: str = "output"
 ) -> dict[str, ChannelGate]:
     """Put a channel gate on each module that a pattern names, in place.
 
@@ -145,7 +145,7 @@ def compact(model: nn.Module) -> dict[str, tuple[int, int]]:
     """
     gated = _gated(model)
     names = {module: name for name, module in model.named_modules()}
-    report = {}
+    report: dict[str, tuple[int, int]] = {}
     with torch.no_grad():
         links = list(_links(model))
         _check_cuttable(gated, links)
@@ -376,7 +376,7 @@ def _between(producer: Any, steps: list[Any], consumer: Any) -> _Link | None:
             # Zeros beyond the border enter the mean.
             padding = step.padding if isinstance(step.padding, tuple) else (step.padding,)
             bordered |= any(padding) and bool(constants[closed].any())
-        elif not isinstance(step, _DropoutNd | _POOLS):
+        elif not isinstance(step, (_DropoutNd, *_POOLS)):
             return None
     positions = 1
     if isinstance(consumer, nn.Linear):
