@@ -132,8 +132,8 @@ class RegressionTask(SupervisedTask):
         rows = len(x) if max_batches is None else min(len(x), max_batches * self.EVALUATION_BATCH)
         total = 0.0
         for start in range(0, rows, self.EVALUATION_BATCH):
-            inputs, targets = x[start : min(start + self.EVALUATION_BATCH, rows)], y[start : min(start + self.EVALUATION_BATCH, rows)]
-            total += float((predict(inputs).float() - targets).square().double().sum())
+            chosen = slice(start, min(start + self.EVALUATION_BATCH, rows))
+            total += float((predict(x[chosen]).float() - y[chosen]).square().double().sum())
         mse = total / (rows * y[0].numel())
         return {"loss": mse, "mse": mse}
 

@@ -14,12 +14,12 @@ from gatework.core.errors import GateworkError
 class ImageRegression(RegressionTask):
     """From a pixel's place in the unit square to its value, in a picture with a smooth half and a fine checkerboard half.
 
-    Of ``side`` x ``side`` pixels, whose centres are (i + 1/2) / side, the half whose first coordinate is below 1/2 shows a sum of six
-    random waves of at most two periods a side, scaled to mean 0 and variance 1; the other half a checkerboard of +1 and -1
-    with squares of ``square`` pixels. Three fifths of the pixels, drawn at random, are trained on, one fifth each validate
-    and test: the score is that of pixels that were never seen, so that a table which remembers pixels one by one scores
-    no better than the picture's variance of 1. With squares of one pixel that would be all there is to learn; the neighbours
-    of a pixel have to tell something of it.
+    Of ``side`` x ``side`` pixels, whose centres are (i + 1/2) / side, the half whose first coordinate is below 1/2 shows a sum
+    of six random waves of at most two periods a side, scaled to mean 0 and variance 1; the other half a checkerboard of +1 and
+    -1 with squares of ``square`` pixels. Three fifths of the pixels, drawn at random, are trained on, one fifth each validate
+    and test: the score is that of pixels that were never seen, so that a table which remembers pixels one by one scores no
+    better than the picture's variance of 1. With squares of one pixel that would be all there is to learn; the neighbours of a
+    pixel have to tell something of it.
 
     Args:
         side: pixels a side.
