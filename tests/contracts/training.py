@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gatework.core import build
 from gatework.core.registry import parameters
+from gatework.gates import attach
 from gatework.models import Classifier
 
 from .checks import close, finite, same, through_a_file
@@ -275,7 +276,10 @@ def learner(cls: type, seed: int = 0, lr: float = 0.05) -> Any:
     if own is not None:  # A rule that needs more of a model than blocks and a head says which: ``model()``.
         model = importlib.import_module(own.name).model().double()
     else:
-        model = Classifier((1, 16), classes=3, backbone="mlp", d_model=12, layers=3, activation="xsilu").double()
+        model = Classifier((1, 16), classes=3, backbone="mlp", d_model=12, layers=3, activation="xsilu")
+    if cls.part_name == "gradient_routing":
+        attach(model, "_blocks", "feature_selection")
+    model = model.double()
     optimizer = build("adamw", "optim", params=model.parameters(), lr=lr)
     schedule = build("cosine", "schedule", optimizer=optimizer, total_steps=STEPS)
     offered = {"optimizer": optimizer, "schedule": schedule, "total_steps": STEPS, "loss_fn": nn.functional.cross_entropy}
