@@ -191,3 +191,39 @@ class Router(Gate):
     def monitor(self, routing: Routing, mask: Bool[Tensor, "N"] | None) -> dict[str, Tensor]:
         """:func:`monitor` in the router's mode."""
         return monitor(routing, mask, self.training)
+
+
+class AffineRouter(Router):
+    """A router whose softmax gets a bias per expert that the choice does not see: the gate of the theory of softmax mixtures.
+
+    Nguyen et al., 2023, arXiv 2305.03288 (dense) and 2309.13850 (top-K): the k largest scores are chosen, and the weights are the
+    softmax of score + bias over those. A subclass makes the scores and calls :meth:`route`.
+
+    Raises:
+        ValueError: k outside 1..E, k = 1 without a balance term, what :func:`balance_terms` refuses.
+
+    Initialisation: the weight is normal with standard deviation 0.02, the bias 0.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, k: int | None, balance: Any = None) -> None:
+        super().__init__(d_model, n_experts, n_experts if k is None else k, balance)
+        if k == 1 < n_experts and not self.balance:
+            raise ValueError("with k=1 the only weight is always 1, and the gate learns nothing: take k of 2, or a balance term")
+        self.bias = nn.Parameter(torch.zeros(n_experts))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def route(
+        self, scores: Float[Tensor, "N E"], mask: Bool[Tensor, "N"] | None, tau: Float[Tensor, ""] | None = None
+    ) -> Routing:
+        """The routing by ``(scores + bias) / tau``."""
+        logits = scores + self.bias
+        logits = logits if tau is None else logits / tau
+        probs = logits.softmax(1)
+        if self.k == self.n_experts:
+            experts, weights = torch.arange(self.k, device=scores.device).expand_as(scores), probs
+        else:
+            experts = self.choose(scores)
+            weights = logits.gather(1, experts).softmax(1)
+        if mask is not None:
+            weights = weights * mask[:, None]
+        return self.finish(Routing(weights, experts, self.n_experts, logits, probs), mask)

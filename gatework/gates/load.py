@@ -26,7 +26,7 @@ from gatework.gates.base import cv_squared, loss_weight, mean_over
 
 @register("load", paper="sparse_moe")
 class Load(Balance):
-    """Balance term on the experts' expected numbers of tokens; for routers with noise.
+    """Balance term on the experts' expected tokens, for routers with noise.
 
     ``forward(routing, mask, clean, scale) -> loss``; 0 where all experts expect the same load. ``routing.logits`` are the noisy
     logits, ``clean`` (N, E) those without noise, ``scale`` (N, E) the noise's standard deviations.

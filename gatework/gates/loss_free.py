@@ -1,6 +1,7 @@
 """``LossFree``: a bias per expert on the choice instead of a loss, moved against the load.
 
-Wang et al., Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, 2024, arXiv 2408.15664, algorithm 1:
+Wang et al., Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, 2024, arXiv 2408.15664, algorithm 1, in the place
+of the losses of Shazeer et al. (2017, 1701.06538):
 
     chosen = top-k of s + b    weights from s alone
     after each optimizer step: b_e += rate * sign(mean(count) - count_e)

@@ -1,6 +1,7 @@
 """``Switch``: the balance loss of Switch Transformers, on the shares of the choices and the mean probabilities.
 
-Fedus et al., Switch Transformers, 2021, arXiv 2101.03961, equations 4 to 6:
+Fedus et al., Switch Transformers, 2021, arXiv 2101.03961, equations 4 to 6, one loss in the place of the two of Shazeer et al.
+(2017, 1701.06538):
 
     L = weight E sum_e f_e P_e    f_e = (used slots of e) / (all used slots)    P_e = mean_t probs_te
 
@@ -22,7 +23,7 @@ from gatework.gates.base import loss_weight, share_loss
 
 @register("switch", paper="sparse_moe")
 class Switch(Balance):
-    """Balance term on the experts' shares of the choices times their mean probabilities.
+    """Balance term on the experts' shares of the choices and probabilities.
 
     ``forward(routing, mask) -> loss``; ``weight`` at uniform load.
 

@@ -4,8 +4,8 @@ Zoph et al., ST-MoE: Designing Stable and Transferable Sparse Expert Models, 202
 
     L = weight mean_t (log sum_e exp(logits_te))^2
 
-It says nothing about the balance of the experts; it stands among the balance terms because it is used with them. Adding a
-constant to all logits changes no softmax routing, and this loss alone.
+It says nothing about the balance of the experts; it stands among the balance terms because it is used with them, in routers of
+Shazeer et al. (2017, 1701.06538). Adding a constant to all logits changes no softmax routing, and this loss alone.
 """
 
 from __future__ import annotations
