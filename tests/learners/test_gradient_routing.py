@@ -220,7 +220,7 @@ def test_wrong_models_and_values_are_refused():
         learner(plain)
     with pytest.raises(ValueError, match="gate_lr must be positive, got 0"):
         learner(model(), gate_lr=0.0)
+    some = model()
+    optimizer = torch.optim.SGD(some.parameters(), lr=0.1)
     with pytest.raises(PartError, match="gradient_routing: gate_lr must be positive"):
-        some = model()
-        optimizer = torch.optim.SGD(some.parameters(), lr=0.1)
         build("gradient_routing(gate_lr=-1)", "learner", model=some, loss_fn=F.cross_entropy, optimizer=optimizer)
