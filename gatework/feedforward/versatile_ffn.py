@@ -27,6 +27,7 @@ balance loss is the Switch loss over the k choices. A padded token passes unchan
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -43,9 +44,9 @@ from gatework.core.registry import build, register
 from gatework.core.routing import Routing
 from gatework.feedforward.base import hidden_width
 from gatework.feedforward.glu import GLU
+from gatework.gates.base import router_logits, switch_loss
 from gatework.ops.dispatch import dispatch, run_experts
 from gatework.ops.estimators import gumbel_softmax
-from gatework.ops.precision import without_autocast
 
 
 @register("versatile_ffn", paper="versatile_ffn")
@@ -53,24 +54,27 @@ class VersatileFFN(FeedForward):
     """One GLU reused: its slices are experts, each token chooses its loops.
 
     It holds its own norm and residual: it takes the residual stream x (..., D) and returns the new stream. The
-    parameters are those of a GLU, a norm, and ``D * (experts + loops)`` for the two routers.
+    parameters are those of a GLU, a norm, and ``D * (experts + loops)`` for the two routers (a router without a choice, of one
+    expert or one loop, is left out; with one loop the slices have no weight, and the layer is ``x + F(x)``).
 
     Args:
         d_model: width D.
         d_ff: hidden width H, a multiple of ``experts``; None is ``8/3 * d_model`` rounded up to a multiple of 8 and of
             ``experts``.
         experts: E, the number of slices of ``d_ff / experts`` hidden units.
-        k: slices that a token uses.
+        k: slices that a token uses; with 1 their weights are all 1, and the router learns by the balance loss alone.
         loops: L, the largest number of loops.
         layout: ``contiguous`` gives slice e the units e s to (e + 1) s - 1, ``strided`` the units e, e + E, ...
         balance: weight of the experts' balance loss (Switch form, 1 when balanced); the paper's run has 5e-5.
         tau_start: temperature at step 0.
         tau_floor: temperature from 96% of the run on.
         activation: activation of the gate half.
-        path: ``both``; ``wide`` and ``deep`` are the ablations (y = x_wide without loops, y = x_depth without slices).
+        path: ``both``; ``wide`` and ``deep`` are the ablations (y = x_wide without loops, y = x_depth without slices); ``fixed``
+            is the baseline without routers, all ``loops`` for all tokens (y = x_L).
 
-    Side outputs: loss ``balance``; metrics ``loops`` (mean n), ``loop_share`` (L: share of the tokens with n = 1 ... L),
-    ``expert_share`` (E: share of the slots), all over real tokens; in evaluation only slots of tokens with n < L.
+    Side outputs, each of a router that is there: loss ``balance``; metrics ``loops`` (mean n), ``loop_share`` (L: share of the
+    tokens with n = 1 ... L), ``expert_share`` (E: share of the slots), all over real tokens; in evaluation only slots of tokens
+    with n < L.
 
     Call ``gatework.core.advance(model, step, total_steps)`` after each optimizer step: without it the temperature stays at
     ``tau_start``.
@@ -101,7 +105,7 @@ class VersatileFFN(FeedForward):
         tau_start: float = 5.0,
         tau_floor: float = 0.1,
         activation: Any = "silu",
-        path: Literal["both", "wide", "deep"] = "both",
+        path: Literal["both", "wide", "deep", "fixed"] = "both",
     ) -> None:
         super().__init__()
         if experts < 1 or loops < 1:
@@ -120,8 +124,11 @@ class VersatileFFN(FeedForward):
         self.up = nn.Linear(d_model, 2 * d_ff, bias=False)  # H rows of values, then H rows of gates.
         self.down = nn.Linear(d_ff, d_model, bias=False)
         self.activation = build(activation, "activation")
-        self.expert_router = nn.Linear(d_model, experts, bias=False) if path != "deep" else None
-        self.depth_router = nn.Linear(d_model, loops, bias=False) if path != "wide" else None
+        # With one loop lam is 0: the slices have no say.
+        self.has_width = path == "wide" or (path == "both" and loops > 1)
+        chooses_loops = path in ("both", "deep") and loops > 1
+        self.expert_router = nn.Linear(d_model, experts, bias=False) if self.has_width and experts > 1 else None
+        self.depth_router = nn.Linear(d_model, loops, bias=False) if chooses_loops else None
         for layer in (self.up, self.down, self.expert_router, self.depth_router):
             if layer is not None:
                 nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.06, b=0.06)
@@ -129,29 +136,53 @@ class VersatileFFN(FeedForward):
         self.register_buffer("tau", torch.tensor(float(tau_start)))
 
     @classmethod
-    def from_dense(cls, glu: GLU, norm: nn.RMSNorm | None = None, **settings: Any) -> VersatileFFN:
-        """Start from a trained GLU (and the norm in front of it); ``settings`` are constructor arguments.
+    def from_dense(cls, dense: nn.Module, norm: nn.Module | None = None, **settings: Any) -> VersatileFFN:
+        """Start from a trained dense feed-forward and the norm in front of it; ``settings`` are constructor arguments.
 
-        The routers start as usual. With more than one loop no choice of n gives ``x + F(x)`` back, so the loss jumps: train on.
+        The routers start as usual, all else is a copy. With more than one loop no choice of n gives ``x + F(x)`` back, so the loss
+        jumps: train on.
+
+        Args:
+            dense: a GLU, or a gated unit with the layers ``gate_proj``, ``up_proj``, ``down_proj`` and the function ``act_fn``, as
+                the Llama, Mistral and Qwen models of ``transformers`` have it; without biases.
+            norm: an RMS norm (``nn.RMSNorm`` or that of ``transformers``), whose eps is taken over; None starts at 1.
 
         Raises:
-            ValueError: for a GLU with biases or of order 1.
+            PartError: for another feed-forward, one with biases, a GLU of order 1, another norm.
         """
-        if glu.up.bias is not None or glu.order != 2:
-            raise ValueError("from_dense takes a GLU of order 2 without biases")
-        d_ff, d_model = glu.up.weight.shape
-        new = cls(d_model, d_ff, **({"activation": glu.activation} | settings)).to(glu.up.weight)
+        names = ("up", "gate", "down") if isinstance(dense, GLU) else ("up_proj", "gate_proj", "down_proj")
+        layers: list[Any] = [getattr(dense, name, None) for name in names]
+        plain = all(isinstance(layer, nn.Linear) and layer.bias is None for layer in layers)
+        if not plain or getattr(dense, "order", 2) != 2:
+            raise PartError(f"from_dense takes a gated unit of order 2 without biases, not this {type(dense).__name__}")
+        up, gate, down = layers
+        eps: Any = None if norm is None else getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if norm is not None and ("RMSNorm" not in type(norm).__name__ or eps is None):
+            raise PartError(f"from_dense takes an RMS norm with an eps, not this {type(norm).__name__}")
+        activation = copy.deepcopy(dense.activation if isinstance(dense, GLU) else dense.act_fn)
+        chosen: dict[str, Any] = {"activation": activation} | settings
+        new = cls(up.in_features, up.out_features, **chosen).to(up.weight.device, up.weight.dtype)
+        new.tau = new.tau.to(torch.promote_types(up.weight.dtype, torch.float32))
         with torch.no_grad():
-            new.up.weight.copy_(torch.cat([glu.up.weight, glu.gate.weight]))
-            new.down.weight.copy_(glu.down.weight)
+            new.up.weight.copy_(torch.cat([up.weight, gate.weight]))
+            new.down.weight.copy_(down.weight)
             if norm is not None:
-                new.norm.weight.copy_(norm.weight)
+                new.norm.load_state_dict(norm.state_dict())
+                new.norm.eps = eps
         return new
 
     def advance(self, step: int, total_steps: int) -> None:
         """Lower the temperature geometrically, so that it reaches its floor at 96% of ``total_steps``."""
         ratio = self.tau_floor / self.tau_start
         self.tau.fill_(max(self.tau_start * ratio ** (step / (0.96 * total_steps)), self.tau_floor))
+
+    def active_parameters(self) -> int:
+        """Parameters that one token uses: all, without loops (``path="wide"``) but its slices' share of W1 and W2."""
+        count = sum(p.numel() for p in self.parameters())
+        if self.path != "wide":
+            return count
+        sliced = sum(p.numel() for layer in (self.up, self.down) for p in layer.parameters())
+        return count - sliced + sliced * self.k // self.experts
 
     def extra_repr(self) -> str:
         """Shown in the module's ``repr``."""
@@ -193,17 +224,18 @@ class VersatileFFN(FeedForward):
         metrics: dict[str, Tensor] = {}
         if self.path != "wide":
             y_RD, first_RH = self._deep(x_RD, p_RL, running)
+        if self.depth_router is not None:
             share = torch.tensor(counts[1:], device=x.device) / running[0]
             metrics = {"loops": (share * torch.arange(1, self.loops + 1, device=x.device)).sum(), "loop_share": share}
-        if self.path != "deep":
+        if self.has_width:
             # In evaluation the first rows, those with n = L, are pure depth. In training lam's gradient needs both paths.
             skip = running[-1] if self.path == "both" and not self.training else 0
             chosen = self._choose_experts(r_RE[skip:])
-            slots = torch.bincount(chosen.experts.flatten(), minlength=self.experts).to(r_RE.dtype)
-            share = slots / slots.sum().clamp(min=1)
-            metrics["expert_share"] = share
-            if self.training:
-                losses = {"balance": self.balance * self.experts * (share * r_RE.softmax(-1).mean(0)).sum()}
+            if self.expert_router is not None:
+                slots = torch.bincount(chosen.experts.flatten(), minlength=self.experts).to(r_RE.dtype)
+                metrics["expert_share"] = slots / slots.sum().clamp(min=1)
+                if self.training:
+                    losses = {"balance": self.balance * switch_loss(r_RE.softmax(-1), chosen.experts, None)}
             if self.path == "wide":
                 y_RD = x_RD + self._wide(self.norm(x_RD), chosen)
             elif skip < len(x_RD):
@@ -215,18 +247,24 @@ class VersatileFFN(FeedForward):
         return x_ND.index_copy(0, order, y_RD).view_as(x)
 
     def _router_logits(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert (N, E) and depth (N, L) logits of the un-normalised stream, in float32 (float64 stays float64)."""
+        """Expert (N, E) and depth (N, L) logits of the un-normalised stream, in float32 (float64 stays float64); 0 without a
+        router."""
         layers = [layer for layer in (self.expert_router, self.depth_router) if layer is not None]
-        dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
-        with without_autocast(x_ND.device):
-            logits = F.linear(x_ND.to(dtype), torch.cat([layer.weight for layer in layers]).to(dtype))
+        weight = torch.cat([layer.weight for layer in layers]) if layers else x_ND.new_empty(0, self.d_model)
+        logits = router_logits(x_ND, weight)
         split = 0 if self.expert_router is None else self.experts
-        return logits[:, :split], logits[:, split:]
+        r_NE, d_NL = logits[:, :split], logits[:, split:]
+        if self.expert_router is None:
+            r_NE = logits.new_zeros(len(x_ND), self.experts)
+        if self.depth_router is None:
+            d_NL = logits.new_zeros(len(x_ND), self.loops)
+        return r_NE, d_NL
 
     def _choose_depth(self, d_NL: Tensor, noise_NL: Tensor | None) -> Tensor:
-        """p, exactly one-hot; the (single) column of the wide ablation says one loop."""
-        if self.path == "wide":
-            return d_NL.new_ones(len(d_NL), 1)
+        """p (N, L), exactly one-hot; without a router the last loop, for the wide ablation the first."""
+        if self.depth_router is None:
+            last = 0 if self.path == "wide" else self.loops - 1
+            return F.one_hot(torch.full_like(d_NL[:, 0], last, dtype=torch.long), self.loops).to(d_NL.dtype)
         if self.training:
             return gumbel_softmax(d_NL, self.tau, hard=True, noise=noise_NL)
         return F.one_hot(d_NL.argmax(-1), self.loops).to(d_NL.dtype)

@@ -47,8 +47,9 @@ def whole(m, x, chosen=None):
 
 def token(m, x, noise=None):
     """One token from the equations, all loops; noise is None in evaluation. Returns y, n, r and the chosen experts."""
-    r = m.expert_router.weight @ x
-    d = m.depth_router.weight @ x
+    # A router with one choice is left out.
+    r = m.expert_router.weight @ x if m.expert_router is not None else torch.zeros(m.experts, dtype=x.dtype)
+    d = m.depth_router.weight @ x if m.depth_router is not None else torch.zeros(m.loops, dtype=x.dtype)
     hot = torch.zeros(m.loops, dtype=x.dtype)
     if noise is None:
         p = hot.index_fill(0, d.argmax(), 1.0)
@@ -110,6 +111,9 @@ def test_training_equals_the_equations(settings, masked):
     flat = (x.view(21, D), noise.view(21, -1), None if mask is None else mask.view(21))
     want, loops, balance = reference(m, *flat)
     torch.testing.assert_close(y.view(21, D), want, rtol=1e-12, atol=1e-12)
+    if m.expert_router is None:
+        assert losses == {}
+        losses, balance = {"balance": 0}, 0
     assert set(losses) == {"balance"}
     torch.testing.assert_close(losses["balance"], balance, rtol=1e-13, atol=0)
     if m.loops == 3 and not masked:
@@ -119,6 +123,8 @@ def test_training_equals_the_equations(settings, masked):
     expected = gradients(m, x, (want * weight).sum() + balance)
     for name, a, b in zip(["x", *dict(m.named_parameters())], got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+    assert (m.expert_router is None) == (m.loops == 1 or m.experts == 1)
+    assert (m.depth_router is None) == (m.loops == 1)
     if m.loops > 1:
         assert got[-1].abs().max() > 1e-3  # The depth router learns.
 
@@ -187,11 +193,31 @@ def test_slices_are_a_partition_and_sum_to_the_whole(layout):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_one_loop_is_dense_whatever_the_router(training):
-    m = make(loops=1).train(training)
+@pytest.mark.parametrize("path", ["both", "deep", "fixed"])
+def test_one_loop_is_dense_without_routers(path, training):
+    m = make(loops=1, path=path).train(training)
     x, _ = inputs(8)
     want = x + torch.stack([whole(m, v) for v in x])
     torch.testing.assert_close(m(x), want, rtol=1e-12, atol=1e-12)
+    assert [name for name, _ in m.named_parameters()] == ["norm.weight", "up.weight", "down.weight"]
+    assert core.losses(m) == core.metrics(m) == {}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fixed_loops_are_the_same_for_all_tokens(training):
+    m = make(path="fixed").train(training)
+    x, _ = inputs(3, 4)
+    x.requires_grad_()
+    mask = torch.arange(12).view(3, 4) % 5 != 0
+    y, want = m(x, mask=mask), x
+    for _ in range(3):
+        want = want + torch.stack([whole(m, v) for v in want.flatten(0, 1)]).view_as(x)
+    want = torch.where(mask[..., None], want, x)
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+    for a, b in zip(gradients(m, x, y.pow(2).sum()), gradients(m, x, want.pow(2).sum()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert [name for name, _ in m.named_parameters()] == ["norm.weight", "up.weight", "down.weight"]
+    assert core.losses(m) == core.metrics(m) == {}
 
 
 def test_one_expert_makes_the_width_path_the_first_loop():
@@ -347,6 +373,22 @@ def test_training_runs_all_loops_forward_and_n_loops_backward():
     assert count.flops < count_dense
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_fixed_loops_cost_what_they_say(training):
+    m = make(path="fixed").train(training)
+    with Products() as count, torch.no_grad():
+        m(inputs(16)[0])
+    assert count.flops == 16 * 3 * 2 * 3 * H * D
+
+
+def test_parameters_that_a_token_uses():
+    dense, routers = 3 * H * D + D, D * (4 + 3)
+    assert make().active_parameters() == dense + routers
+    assert make(path="deep").active_parameters() == dense + 3 * D
+    assert make(path="fixed").active_parameters() == dense
+    assert make(path="wide", k=1).active_parameters() == D + 3 * H * D // 4 + 4 * D
+
+
 def test_parameters_are_those_of_a_glu_a_norm_and_two_small_routers():
     m = VersatileFFN(32, d_ff=96)
     glu = sum(p.numel() for p in GLU(32, d_ff=96).parameters())
@@ -491,17 +533,55 @@ def test_second_derivative_is_refused():
         g.sum().backward()
 
 
-def test_from_dense_keeps_the_function_for_one_loop():
+class LlamaMLP(torch.nn.Module):
+    """As in transformers, by name."""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.gate_proj, self.up_proj = (torch.nn.Linear(D, H, bias=bias) for _ in range(2))
+        self.down_proj, self.act_fn = torch.nn.Linear(H, D, bias=bias), torch.nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("make_dense", [lambda: GLU(D, d_ff=H, activation="xgelu"), LlamaMLP])
+def test_from_dense_keeps_the_function_for_one_loop(make_dense):
     torch.manual_seed(0)
-    glu, norm = GLU(D, d_ff=H, activation="gelu").double(), torch.nn.RMSNorm(D, eps=1e-6).double()
+    dense, norm = make_dense().double(), torch.nn.RMSNorm(D, eps=1e-2).double()
     norm.weight.data.uniform_(0.5, 1.5)
-    m = VersatileFFN.from_dense(glu, norm, experts=4, loops=1)
     x, _ = inputs(7)
-    torch.testing.assert_close(m(x), x + glu(norm(x)), rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="from_dense takes a GLU of order 2 without biases"):
-        VersatileFFN.from_dense(GLU(D, d_ff=H, bias=True))
-    with pytest.raises(ValueError, match="d_ff 20 is not divisible by experts 8"):
-        VersatileFFN.from_dense(GLU(D, d_ff=20))
+    for loops, path in ((1, "both"), (2, "fixed")):
+        m = VersatileFFN.from_dense(dense, norm, experts=4, loops=loops, path=path)
+        want = x
+        for _ in range(loops):
+            want = want + dense(norm(want))
+        torch.testing.assert_close(m(x), want, rtol=1e-12, atol=1e-12)
+    assert m.tau.dtype == torch.float64
+    before = dense(x)
+    with torch.no_grad():
+        for p in m.parameters():
+            p.zero_()
+    assert torch.equal(dense(x), before)  # All weights are copies.
+    routed = VersatileFFN.from_dense(dense, norm, experts=4)
+    assert routed.depth_router.weight.shape == (4, D)
+    assert torch.equal(routed.norm.weight, norm.weight)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: (GLU(D, d_ff=H, bias=True),), "from_dense takes a gated unit of order 2 without biases, not this GLU"),
+        (lambda: (GLU(D, d_ff=H, order=1),), "from_dense takes a gated unit of order 2 without biases, not this GLU"),
+        (lambda: (LlamaMLP(bias=True),), "from_dense takes a gated unit of order 2 without biases, not this LlamaMLP"),
+        (lambda: (MLP(D),), "from_dense takes a gated unit of order 2 without biases, not this MLP"),
+        (lambda: (GLU(D, d_ff=H), torch.nn.LayerNorm(D)), "from_dense takes an RMS norm with an eps, not this LayerNorm"),
+        (lambda: (GLU(D, d_ff=20),), "d_ff 20 is not divisible by experts 8"),
+    ],
+)
+def test_from_dense_says_what_it_cannot_take(given, message):
+    with pytest.raises(ValueError, match=message):
+        VersatileFFN.from_dense(*given())
 
 
 @pytest.mark.parametrize(
@@ -512,7 +592,7 @@ def test_from_dense_keeps_the_function_for_one_loop():
         ("versatile_ffn(k=0)", "k must be between 1 and experts 8, got 0"),
         ("versatile_ffn(loops=0)", "experts and loops must be at least 1, got 8 and 0"),
         ("versatile_ffn(tau_floor=6.0)", "temperatures need 0 < tau_floor <= tau_start, got 6.0 and 5.0"),
-        ("versatile_ffn(path=long)", "path must be one of 'both', 'wide', 'deep', got 'long'"),
+        ("versatile_ffn(path=long)", "path must be one of 'both', 'wide', 'deep', 'fixed', got 'long'"),
     ],
 )
 def test_wrong_arguments(expression, message):
@@ -520,6 +600,5 @@ def test_wrong_arguments(expression, message):
         build(expression, "feedforward", d_model=16)
 
 
-def test_other_activations_and_a_plain_mlp_is_no_source():
+def test_other_activations():
     assert type(build("versatile_ffn(activation=golu)", "feedforward", d_model=8).activation).__name__ == "GoLU"
-    assert not hasattr(MLP(8), "order")
