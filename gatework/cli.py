@@ -1,5 +1,5 @@
 """The command line: ``gatework compare``, ``resume``, ``work``, ``report``, ``evaluate``, ``parts``, ``papers``,
-``profile``.
+``claims``, ``profile``.
 
 Exit codes: 0 done, 1 failed, 2 wrong use. Every wrong input is answered with one sentence; ``--debug`` shows the
 traceback.
@@ -216,6 +216,33 @@ class Papers:
 
 
 @dataclass
+class Claims:
+    """List the experiments behind papers' claims, or run one."""
+
+    name: Annotated[Positional[str | None], arg(metavar="[ID]")] = None
+    """A paper's id."""
+    quick: bool = False
+    """A first look: few sizes and repetitions, wide intervals."""
+    out: Where = None
+    """Folder of the results; default: runs/claims."""
+
+    def run(self) -> int:
+        """Run the command."""
+        from gatework.claims import claim
+        from gatework.show import list_claims, show_outcome
+
+        if self.name is None:
+            print(list_claims())
+            return 0
+        found = claim(self.name)
+        outcome = found.run(self.quick, lambda line: print(line, file=sys.stderr, flush=True))
+        path = outcome.write(Path(self.out or "runs/claims"))
+        print(show_outcome(outcome))
+        print(f"\nReport: {path}")
+        return 0
+
+
+@dataclass
 class Profile:
     """Measure what a part costs: FLOPs that ran, time, memory, parameters."""
 
@@ -250,6 +277,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Parts, tyro.conf.subcommand("parts")]
     | Annotated[Papers, tyro.conf.subcommand("papers")]
+    | Annotated[Claims, tyro.conf.subcommand("claims")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 

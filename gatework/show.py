@@ -129,6 +129,30 @@ def show_paper(name: str) -> str:
     return _text(Text(found.title, style="bold"), table)
 
 
+def list_claims() -> str:
+    """The experiments behind papers' claims: what is claimed, how long it takes."""
+    from gatework.claims import claims
+
+    rows: list[Any] = []
+    for name, claim in claims().items():
+        rows += [Text.assemble((name, "bold"), f"  ({claim.duration} on two cores)"), Padding(Text(claim.statement), (0, 0, 1, 2))]
+    return _text(*rows, Text("gatework claims ID runs one, with --quick a first look.", style="dim"))
+
+
+def show_outcome(outcome: Any) -> str:
+    """The findings of a claim's experiment as a table."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True, header_style="bold")
+    table.add_column("measured", overflow="fold")
+    table.add_column("predicted", overflow="fold")
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column("95% interval", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    for f in outcome.findings:
+        low, high = f.interval
+        table.add_row(f.what, f.predicted, f"{f.measured:.3f}", f"[{low:.3f}, {high:.3f}]", f.verdict)
+    return _text(Text.assemble((outcome.paper, "bold"), f": {outcome.verdict}"), Text(outcome.statement), "", table)
+
+
 def profile_part(expression: str, d_model: int, tokens: int, batch_size: int, heads: int, experts: int, threads: int | None) -> str:
     """Build a part and measure it forward, and forward with backward, in training mode."""
     for name, value in {

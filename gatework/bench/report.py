@@ -51,11 +51,11 @@ def write(comparison: Comparison, folder: Path) -> Path:
         "report.html": page,
     }
     for name, content in contents.items():
-        _write_text(folder / name, content)
+        write_text(folder / name, content)
     return folder / "report.html"
 
 
-def _write_text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -93,4 +93,4 @@ class MultinomialMoE(Component):
     def atoms(self) -> Atoms:
         """The parameters as atoms."""
         values = {"gate": self.gate_weight.clone(), "slope": self.slope.flatten(1).clone(), "intercept": self.intercept.clone()}
-        return Atoms(self.gate_bias.clone(), values, slow=("gate", "slope", "intercept"))
+        return Atoms(self.gate_bias.clone(), values, slow=())

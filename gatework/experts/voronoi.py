@@ -1,7 +1,7 @@
 """``voronoi_loss``: how far a fitted mixture of experts is from the true one, whatever the order and number of its atoms.
 
-Nguyen, Nguyen and Ho, 2023, arXiv 2305.03288, equations 4 and 7 (there with the infimum over the gauge); the same loss with
-other atoms for the multinomial model, 2310.14188. Each fitted atom i belongs to the cell A_j of the nearest true atom j, and
+Nguyen, Nguyen and Ho, 2023, arXiv 2305.03288, equations 4 and 7 (there with the infimum over the gauge); the same with the
+square for the multinomial model, 2310.14188. Each fitted atom i belongs to the cell A_j of the nearest true atom j, and
 
     D1 = sum_j sum_{i in A_j} e^{b0_i} ||(db1, da, db, dv)_ij|| + sum_j | sum_{i in A_j} e^{b0_i} - e^{b0*_j} |
 
@@ -29,7 +29,8 @@ class Atoms:
     Attributes:
         bias: (E,) b0, the logarithms of the weights.
         values: (E, p) tensors by name; ``gate`` is b1.
-        slow: names of those whose distances have the exponent r in cells with more than one atom; the others have r / 2.
+        slow: names of those whose distances have the exponent r in cells with more than one atom, where the others have r / 2.
+            Without any, the distance there is squared.
         shifts: the gate is a softmax that does not change when one vector is added to all rows of ``gate``.
     """
 
@@ -100,10 +101,12 @@ def _aligned(fitted: Atoms, true: Atoms, start: int, reference: int, overfitted:
     distance = torch.cat(list(differences.values()), 1).norm(dim=1)
     if overfitted:
         sizes = torch.bincount(cells, minlength=len(true.bias))[cells]
-        power = 2.0 * sizes
-        slow = torch.cat([differences[name] for name in differences if name in fitted.slow], 1).norm(dim=1)
-        fast = torch.cat([differences[name] for name in differences if name not in fitted.slow], 1).norm(dim=1)
-        distance = torch.where(sizes > 1, slow**power + fast ** (power / 2), distance)
+        shared = distance.square()
+        if fitted.slow:
+            slow = torch.cat([differences[name] for name in differences if name in fitted.slow], 1).norm(dim=1)
+            fast = torch.cat([differences[name] for name in differences if name not in fitted.slow], 1).norm(dim=1)
+            shared = slow ** (2.0 * sizes) + fast**sizes
+        distance = torch.where(sizes > 1, shared, distance)
     return Voronoi(float((mass * distance).sum()) + errors["weight"], errors, cells)
 
 
