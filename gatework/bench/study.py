@@ -74,6 +74,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "model": {"d_model": 64, "layers": 3},
         "match": "none",
     },
+    "federated_digits": {
+        "tokens": 60_000,
+        "tune_tokens": 30_000,
+        "batch_size": 64,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "",
+        "model": {"d_model": 64, "layers": 3},
+        "match": "none",
+    },
     "mnist1d": {
         "tokens": 200_000,
         "tune_tokens": 100_000,

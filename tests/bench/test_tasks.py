@@ -20,6 +20,7 @@ from gatework.models import BACKBONES
 
 NAMES = [
     "text", "digits", "mnist1d", "recall", "click_through", "image_regression", "multitask_regression", "multitask_digits",
+    "federated_digits",
 ]
 SCORES = {"text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse"}
 _made = {}
@@ -142,6 +143,8 @@ def test_units_are_counted_and_the_hash_is_of_the_data(name):
         ("recall", {"pairs": 0}, "0 pairs need"),
         ("recall", {"alpha": 0.0}, "alpha must be positive, got 0.0"),
         ("image_regression", {"side": 9}, "an even side of at least 8 and squares of 1 to side / 2, got 9 and 4"),
+        ("federated_digits", {"count": 1}, "count must be between 2 and 20 clients and alpha at least 0.05, got 1 and 0.4"),
+        ("federated_digits", {"alpha": 0.0}, "got 8 and 0.0"),
         ("click_through", {"fields": 5}, "fields must be even and at least 4, values even and at least 2, got 5 and 100"),
         ("click_through", {"values": 0}, "got 12 and 0"),
         ("click_through", {"effect": 0.0}, "examples must be at least 100 and effect positive, got 20000 and 0.0"),
@@ -492,3 +495,48 @@ def test_the_picture_is_smooth_on_one_half_and_a_checkerboard_on_the_other():
     perfect = made.evaluate(lambda x: picture[tuple((x * 32 - 0.5).long().T)][:, None] + 0.1, "test")
     assert perfect["mse"] == pytest.approx(0.01, rel=1e-4)
     assert perfect["psnr"] == pytest.approx(10 * math.log10(4 / 0.01), rel=1e-4)
+
+
+# federated_digits
+
+
+def test_clients_share_out_the_digits_with_skewed_classes():
+    made = task("federated_digits")
+    parts = {name: made.clients(name) for name in ("train", "validation", "test")}
+    rows = sorted(row.numpy().tobytes() for some in parts.values() for x, _ in some for row in x)
+    every = sorted(row.numpy().tobytes() for x, _ in task("digits").splits.values() for row in x)
+    assert rows == every
+    shares = []
+    for train, validation, test in zip(*parts.values(), strict=True):
+        whole = sum(len(x) for x, _ in (train, validation, test))
+        assert whole >= made.LEAST
+        assert len(validation[0]) == len(test[0]) == whole // 5
+        labels = torch.cat([y for _, y in (train, validation, test)])
+        shares.append(labels.bincount(minlength=10) / whole)
+    shares = torch.stack(shares)
+    # With Dirichlet(0.4) a client's largest class is far above the tenth of an even split; with a large alpha it is not.
+    assert shares.amax(1).mean() > 0.25
+    even = make_task("federated_digits", alpha=1000.0).clients("train")
+    assert torch.stack([y.bincount(minlength=10) / len(y) for _, y in even]).amax(1).mean() < 0.16
+    assert len(make_task("federated_digits", count=5).clients()) == 5
+    assert make_task("federated_digits", split_seed=1).data_hash != made.data_hash
+    with pytest.raises(GateworkError, match="no split 'tests'; there are train, validation, test"):
+        made.clients("tests")
+
+
+def test_every_client_counts_the_same():
+    made = task("federated_digits")
+    sizes = [len(y) for _, y in made.clients("test")]
+    asked = []
+
+    def predict(x):  # All right for the first client, all wrong for the others.
+        asked.append(len(x))
+        y = made.clients("test")[len(asked) - 1][1]
+        return torch.nn.functional.one_hot(y if len(asked) == 1 else (y + 1) % 10, 10).float()
+
+    scores = made.evaluate(predict, "test")
+    assert asked == sizes
+    assert scores["accuracy"] == pytest.approx(1 / 8)
+    assert scores["error"] == pytest.approx(7 / 8)
+    asked.clear()
+    assert made.evaluate(predict, "test", max_batches=2)["accuracy"] == 0.5

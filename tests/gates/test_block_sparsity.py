@@ -319,7 +319,7 @@ def test_evaluation_uses_running_statistics_and_so_does_a_batch_of_one():
     y = gate(model, x)
     kept = gate.select(gate.scores(x))
     assert metrics(gate)["density"] == kept.sum() / gate.sizes.sum()
-    assert 0.4 < gate.report(gate.scores(x))["total"] == pytest.approx(float(kept.sum() / gate.sizes.sum()), rel=1e-6) < 0.51
+    assert gate.report(gate.scores(x))["total"] == pytest.approx(float(kept.sum() / gate.sizes.sum()), rel=1e-6)
     assert torch.equal(y, gate(model, x, gate.scores(x)))
 
 
