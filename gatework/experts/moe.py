@@ -25,7 +25,7 @@ from gatework.core.contracts import Experts, No, Part, capability, in_backward
 from gatework.core.errors import PartError
 from gatework.core.registry import build, register
 from gatework.core.routing import Routing
-from gatework.ops.dispatch import run_experts, unstack
+from gatework.ops.dispatch import ENGINES, Engine, Product, run_experts, unstack
 from gatework.ops.linear import alignment, linear
 from gatework.ops.precision import without_autocast
 
@@ -54,6 +54,9 @@ class MoE(Experts):
         min_capacity: least C; usual is 4.
         priority: who comes first where the capacity is short: ``slot`` (all tokens' first choice, in their order,
             then the second, ...) or ``weight`` (the largest weight).
+        engine: what runs the experts, of :mod:`gatework.ops.dispatch`: ``loop``, ``segments``, ``grouped``, ``bmm``, or ``auto``,
+            which chooses by shape and says why to the logger ``gatework``. Listed experts run by ``loop`` or ``segments``. All
+            give the same numbers up to rounding.
 
     Weights: ``w_in`` (E, 2 d_ff, d_model), the gate's rows first (``glu=False``: (E, d_ff, d_model)), ``w_out`` (E,
         d_model, d_ff), no biases; shared experts likewise in
@@ -87,6 +90,7 @@ class MoE(Experts):
         capacity: float | None = None,
         priority: Literal["slot", "weight"] = "slot",
         min_capacity: int = 1,
+        engine: Engine = "auto",
     ) -> None:
         super().__init__()
         listed = None
@@ -106,6 +110,11 @@ class MoE(Experts):
             raise ValueError(f"min_capacity is at least 1 and goes with a capacity, got {min_capacity} with capacity {capacity}")
         if priority not in ("slot", "weight"):
             raise ValueError(f"priority must be 'slot' or 'weight', got {priority!r}")
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+        if listed is not None and engine in ("grouped", "bmm"):
+            raise ValueError(f"the engine {engine!r} needs experts of stacked weights; listed experts run by 'loop' or 'segments'")
+        self.engine: Engine = engine
         self.d_model, self.d_ff, self.experts, self.shared = d_model, d_ff, experts, shared
         self.glu, self.capacity, self.priority, self.min_capacity = glu, capacity, priority, min_capacity
         if capacity is not None:
@@ -132,7 +141,8 @@ class MoE(Experts):
     def extra_repr(self) -> str:
         """The sizes."""
         shown = f"d_model={self.d_model}, d_ff={self.d_ff}, experts={self.experts}, shared={self.shared}, glu={self.glu}"
-        return f"{shown}, capacity={self.capacity}, priority={self.priority}, min_capacity={self.min_capacity}"
+        shown = f"{shown}, capacity={self.capacity}, priority={self.priority}, min_capacity={self.min_capacity}"
+        return f"{shown}, engine={self.engine}"
 
     def active_parameters(self) -> int:
         """Parameters that one token uses: gate, activation, shared experts and as many experts as the gate has
@@ -157,12 +167,12 @@ class MoE(Experts):
         routing = self.gate(x, mask, **given)
         if self.capacity is not None:
             routing = self._within_capacity(routing, len(x) if mask is None else int(mask.sum()))
-        y = self._stacked(x, routing) if self.listed is None else run_experts(x, routing, list(self.listed))
+        y = self._stacked(x, routing) if self.listed is None else run_experts(x, routing, list(self.listed), engine=self.engine)
         if self.shared_in is not None and self.shared_out is not None:
             dtype = self._dtype(x, self.shared_in)
             with without_autocast(x.device):
                 x = x.to(dtype)
-                for expert in _Experts(self, unstack(self.shared_in.to(dtype)), unstack(self.shared_out.to(dtype))):
+                for expert in _Experts(self, self.shared_in.to(dtype), self.shared_out.to(dtype)):
                     y = y + expert(x)
         return y.view(shape)
 
@@ -184,9 +194,10 @@ class MoE(Experts):
         dtype = self._dtype(x, w_in)
         with without_autocast(x.device):
             x = x.to(dtype)
-            experts = _Experts(self, unstack(w_in.to(dtype)), unstack(w_out.to(dtype)))
+            experts = _Experts(self, w_in.to(dtype), w_out.to(dtype))
             rows = routing.experts.numel() / self.experts
-            return run_experts(x, routing, experts, alignment(rows, w_out[0].numel(), dtype, x.device))
+            align = alignment(rows, w_out[0].numel(), dtype, x.device)
+            return run_experts(x, routing, experts, align, self.engine, experts.stacked)
 
     def _within_capacity(self, routing: Routing, n_real: int) -> Routing:
         assert self.capacity is not None
@@ -212,18 +223,26 @@ class MoE(Experts):
 
 
 class _Experts(Sequence[Callable[[Tensor], Tensor]]):
-    """The experts' functions, over their slices of the stacked weights."""
+    """The experts' functions, one by one over slices of the stacked weights, or all at once."""
 
-    def __init__(self, layer: MoE, w_in: Sequence[Tensor] | Tensor, w_out: Sequence[Tensor] | Tensor) -> None:
+    def __init__(self, layer: MoE, w_in: Tensor, w_out: Tensor) -> None:
         self.layer, self.w_in, self.w_out = layer, w_in, w_out
+        self.slices: tuple[Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.w_in)
 
     def __getitem__(self, expert: Any) -> Any:
-        return partial(self._run, self.w_in[expert], self.w_out[expert])
+        if self.slices is None:
+            self.slices = unstack(self.w_in), unstack(self.w_out)
+        return partial(self._run, self.slices[0][expert], self.slices[1][expert])
 
     def _run(self, w_in: Tensor, w_out: Tensor, x: Tensor) -> Tensor:
-        h = linear(x, w_in)
-        h = self.layer.activation.gated(h) if self.layer.glu else self.layer.activation(h)
-        return linear(h.to(x.dtype), w_out)
+        return linear(self._hidden(linear(x, w_in)).to(x.dtype), w_out)
+
+    def stacked(self, rows: Tensor, product: Product) -> Tensor:
+        """All experts on their rows."""
+        return product(self._hidden(product(rows, self.w_in)).to(rows.dtype), self.w_out)
+
+    def _hidden(self, h: Tensor) -> Tensor:
+        return self.layer.activation.gated(h) if self.layer.glu else self.layer.activation(h)

@@ -1,23 +1,47 @@
 """Token dispatch: sort the used slots of a routing by expert, run each expert once on its own tokens, weigh and add
 back.
 
-No token is dropped, an empty slot (weight exactly 0) costs nothing, an expert without tokens is not run. The sort is
-stable and the sum over a token's slots has a fixed order, so two equal calls agree bit for bit.
+No token is dropped, an empty slot (weight exactly 0) costs nothing. The sort is stable and the sum over a token's slots has a
+fixed order, so two equal calls agree bit for bit. :func:`run_experts` has four engines, which give the same numbers up to
+rounding:
+
+- ``loop``: expert by expert over all tokens; the reference, as simple as can be.
+- ``segments``: rows sorted by expert, each expert called with its own; experts without rows are not run. Runs any experts.
+- ``grouped``: the same rows in one ``grouped_mm`` per stacked weight; where torch has none for the device, dtype or widths,
+  ``segments``.
+- ``bmm``: a buffer (E, C, D) with room for the busiest expert's C rows, and one batched product per stacked weight. Computes E C
+  rows for the R that are used, and reads all weights: for a few tokens of which most experts get some.
+
+``auto`` chooses by shape (:func:`choose_engine`) and logs the reason once to the logger ``gatework``, at the level DEBUG.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gatework.core.routing import Routing
+from gatework.ops.linear import GradientPlaces
+
+#: What runs the experts; ``auto`` chooses among the others.
+Engine = Literal["auto", "loop", "segments", "grouped", "bmm"]
+ENGINES: tuple[Engine, ...] = ("auto", "loop", "segments", "grouped", "bmm")
+#: ``product(rows, weights)``: rows times the transposed (O, I) matrix of their expert, of the stacked weights (E, O, I).
+Product = Callable[[Tensor, Tensor], Tensor]
+#: Experts over stacked weights: ``stacked(rows, product)`` maps rows (..., D) to (..., D2).
+Stacked = Callable[[Tensor, Product], Tensor]
+
+logger = logging.getLogger("gatework")
 
 
 @dataclass
@@ -56,25 +80,52 @@ class Dispatch:
         return out
 
 
-def dispatch(routing: Routing, align: int = 1) -> Dispatch:
+def dispatch(routing: Routing, align: int = 1, buffer: bool = False) -> Dispatch:
     """Sort the used slots of ``routing`` by expert (stable). Waits for the device once, for the counts.
 
-    ``align`` fills the rows of each expert that has any up to a multiple.
+    ``align`` fills the rows of each expert that has any up to a multiple; ``buffer`` fills those of all experts up to the busiest
+    one's.
     """
-    n_experts, k = routing.n_experts, routing.experts.shape[1]
-    used = routing.weights.detach() != 0
-    keys = torch.where(used, routing.experts, n_experts).flatten()
-    counts = torch.bincount(keys, minlength=n_experts + 1).tolist()[:n_experts]
-    order = keys.argsort(stable=True)
+    return _sort(routing, _Keys(routing), align, buffer)
+
+
+class _Keys:
+    """The slots' experts (E for an empty slot), flat, and how often each expert comes."""
+
+    def __init__(self, routing: Routing) -> None:
+        n_experts = routing.n_experts
+        self.keys = torch.where(routing.weights.detach() != 0, routing.experts, n_experts).flatten()
+        self.listed = self.keys.tolist() if self.keys.numel() <= _FEW_SLOTS else None
+        if self.listed is None:
+            self.counts: list[int] = torch.bincount(self.keys, minlength=n_experts + 1).tolist()[:n_experts]
+        else:
+            self.counts = [0] * n_experts
+            for key in self.listed:
+                if key < n_experts:
+                    self.counts[key] += 1
+
+
+#: Up to so many slots a loop in Python sorts faster than a dozen operations on tensors.
+_FEW_SLOTS = 128
+
+
+def _sort(routing: Routing, slots: _Keys, align: int, buffer: bool) -> Dispatch:
+    counts, k = slots.counts, routing.experts.shape[1]
+    if buffer:
+        filled = [max(counts)] * len(counts)
+    else:
+        filled = [-(-count // align) * align for count in counts]
     n_used = sum(counts)
-    full = n_used == len(order)
+    full = n_used == slots.keys.numel()
+    if slots.listed is not None:
+        return _sort_few(routing, slots.listed, filled, full)
+    order = slots.keys.argsort(stable=True)
     rows = torch.empty_like(order)
-    if align == 1:
+    if filled == counts:
         rows[order] = torch.arange(len(order), device=order.device)
         if not full:
             rows.clamp_(max=n_used)
         return Dispatch(order[:n_used].div(k, rounding_mode="floor"), rows.view(-1, k), counts, routing.weights, full)
-    filled = [-(-count // align) * align for count in counts]
     shift = [0, *accumulate(more - count for more, count in zip(filled, counts, strict=True))]
     place = torch.arange(len(order), device=order.device)
     place[:n_used] += torch.tensor(shift[:-1], device=order.device).repeat_interleave(
@@ -88,34 +139,141 @@ def dispatch(routing: Routing, align: int = 1) -> Dispatch:
     return Dispatch(tokens, rows.view(-1, k), filled, routing.weights, full)
 
 
+def _sort_few(routing: Routing, keys: list[int], filled: list[int], full: bool) -> Dispatch:
+    k, n_rows, device = routing.experts.shape[1], sum(filled), routing.experts.device
+    following = [0, *accumulate(filled)]  # The next row of each expert.
+    some_used_token = next((slot // k for slot, key in enumerate(keys) if key < len(filled)), 0)
+    tokens, rows = [some_used_token] * n_rows, [n_rows] * len(keys)
+    for slot, key in enumerate(keys):
+        if key < len(filled):
+            row = following[key]
+            following[key] += 1
+            tokens[row], rows[slot] = slot // k, row
+    token_ids = torch.tensor(tokens, dtype=torch.long, device=device)
+    row_ids = torch.tensor(rows, dtype=torch.long, device=device).view(-1, k)
+    return Dispatch(token_ids, row_ids, filled, routing.weights, full)
+
+
 def run_experts(
-    x: Float[Tensor, "N D"], routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]], align: int = 1
+    x: Float[Tensor, "N D"],
+    routing: Routing,
+    experts: Sequence[Callable[[Tensor], Tensor]],
+    align: int = 1,
+    engine: Engine = "auto",
+    stacked: Stacked | None = None,
 ) -> Float[Tensor, "N D2"]:
     """Run experts of any kind: ``y_n = sum_j weights[n, j] experts[experts[n, j]](x_n)``.
-
-    Each expert works on one contiguous block of a size that caches hold, which beats one pass over all rows of all
-    experts.
 
     Args:
         x: tokens.
         routing: who is chosen, over ``len(experts)`` experts.
         experts: each maps (M, D) to (M, D2) and is called once, with its own tokens, unless it has none.
-        align: fill the rows of each expert up to a multiple of this with copies of a used token, whose outputs are
-            thrown away (for experts that treat each row alone, where their kernels gain from it).
+        align: ``segments`` fills the rows of each expert up to a multiple of this with copies of a used token, whose outputs
+            are thrown away (for experts that treat each row alone, where their kernels gain from it).
+        engine: see the module; ``grouped`` and ``bmm`` need ``stacked``.
+        stacked: the same experts over stacked weights, where they have such.
 
     Raises:
-        ValueError: if the number of experts is not the routing's.
+        ValueError: if the number of experts is not the routing's, and for an engine that needs stacked weights where there
+            are none.
     """
     if len(experts) != routing.n_experts:
         raise ValueError(f"the routing chooses among {routing.n_experts} experts, {len(experts)} were given")
-    if x.shape[0] == 1 and not torch.is_grad_enabled():
+    if stacked is None and engine in ("grouped", "bmm"):
+        raise ValueError(f"the engine {engine!r} needs experts of stacked weights; modules run by 'loop' or 'segments'")
+    if engine == "loop":
+        return _run_loop(x, routing, experts)
+    if engine == "auto" and x.shape[0] == 1 and not torch.is_grad_enabled():
         return _run_one_token(x, routing, experts)
-    plan = dispatch(routing, align)
-    segments = plan.gather(x).split(plan.counts)
-    outputs = [experts[e](rows) for e, (rows, count) in enumerate(zip(segments, plan.counts, strict=True)) if count]
-    if not outputs:
+    slots = _Keys(routing)
+    if stacked is None:
+        engine = "segments"
+    elif engine in ("auto", "grouped"):
+        engine, reason = choose_engine(engine, x, slots.counts, routing.experts.numel())
+        _log_once(engine, reason)
+    if not any(slots.counts):
         return x.new_zeros(x.shape) + 0 * x
-    return plan.combine(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+    plan = _sort(routing, slots, align if engine == "segments" else 1, engine == "bmm")
+    rows = plan.gather(x)
+    if engine == "segments" or stacked is None:
+        segments = zip(rows.split(plan.counts), plan.counts, strict=True)
+        outputs = [experts[e](segment) for e, (segment, count) in enumerate(segments) if count]
+        return plan.combine(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+    if engine == "bmm":
+        return plan.combine(stacked(rows.view(len(experts), -1, x.shape[1]), _batched).flatten(0, 1))
+    ends = torch.tensor(list(accumulate(plan.counts)), dtype=torch.int32, device=x.device)
+    return plan.combine(stacked(rows, functools.partial(_grouped, ends=ends)))
+
+
+def choose_engine(wish: Engine, x: Float[Tensor, "N D"], counts: Sequence[int], slots: int) -> tuple[Engine, str]:
+    """The engine for experts of stacked weights, and why.
+
+    Args:
+        wish: ``auto`` or ``grouped``.
+        x: the tokens.
+        counts: rows of each expert.
+        slots: N k, with the empty ones.
+    """
+    where = f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+    grouped = grouped_works(x.device, x.dtype, x.shape[-1])
+    if wish == "grouped":
+        return ("grouped", "asked for") if grouped else ("segments", f"torch has no grouped product for {where} and these widths")
+    if x.device.type != "cpu":
+        return ("grouped", f"one product for all experts, {where}") if grouped else ("segments", f"no grouped product, {where}")
+    few = slots <= MOST_ROWS * len(counts)
+    if few and not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.bfloat16):
+        if len(counts) * max(counts) <= MOST_WASTE * sum(counts):
+            return "bmm", f"few rows for each expert ({where}), and most experts have some: one batched product"
+        return "segments", f"few rows ({where}), and spread so that a buffer for the busiest expert would be mostly empty"
+    return "segments", f"each expert's rows and weights fit into caches ({where})"
+
+
+#: ``auto`` takes ``bmm`` up to this mean number of rows of an expert ...
+MOST_ROWS = 32
+#: ... and this number of rows in the buffer for each used one.
+MOST_WASTE = 3
+
+
+def grouped_works(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
+    """Whether torch's ``grouped_mm`` runs here; it wants rows of whole multiples of 16 bytes."""
+    return all(width * dtype.itemsize % 16 == 0 for width in widths) and _grouped_runs(device.type, dtype)
+
+
+@functools.cache
+def _grouped_runs(device: str, dtype: torch.dtype) -> bool:
+    if not hasattr(F, "grouped_mm"):
+        return False
+    rows, weights = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(2, 16, 16, dtype=dtype, device=device)
+    try:
+        F.grouped_mm(rows, weights.transpose(1, 2), offs=torch.tensor([8, 16], dtype=torch.int32, device=device))
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
+@functools.cache
+def _log_once(engine: str, reason: str) -> None:
+    logger.debug("experts run by the engine %r: %s", engine, reason)
+
+
+def _batched(rows: Tensor, weights: Tensor) -> Tensor:
+    return torch.bmm(rows, weights.transpose(1, 2))
+
+
+def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+
+
+def _run_loop(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """The reference: every expert looks for its tokens among all, and adds to their outputs."""
+    y = None
+    for e, expert in enumerate(experts):
+        tokens, slots = torch.where((routing.experts == e) & (routing.weights != 0))
+        if len(tokens):
+            rows = expert(x[tokens])
+            rows = rows * routing.weights[tokens, slots, None].to(rows.dtype)
+            y = (rows.new_zeros(len(x), rows.shape[1]) if y is None else y).index_add(0, tokens, rows)
+    return x.new_zeros(x.shape) + 0 * x if y is None else y
 
 
 def _run_one_token(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
@@ -132,6 +290,9 @@ def _run_one_token(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tens
 def _sum_slots(y: Tensor, rows: Tensor, full: bool, weights: Tensor | None = None) -> Tensor:
     """``sum_j weights[n, j] y[rows[n, j]]``, slot by slot; a row index of len(y) is an empty slot, of which there are
     none where ``full``."""
+    if full and rows.numel():
+        # One pass instead of k; it adds slot 0 first as well.
+        return F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
     out = None
     for slot in range(rows.shape[1]):
         index = rows[:, slot]
@@ -197,6 +358,9 @@ def unstack(weight: Float[Tensor, "E *shape"]) -> Sequence[Tensor] | Tensor:
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return weight
     slices: tuple[Tensor, ...] = _Unstack.apply(weight)
+    places: GradientPlaces = slices[0].grad_fn.places  # type: ignore[union-attr]
+    for expert, one in enumerate(slices):
+        places.mark(one, expert)
     return slices
 
 
@@ -204,17 +368,11 @@ class _Unstack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.like = weight.shape, weight.dtype, weight.device
-        return weight.unbind(0)
+        ctx.places = GradientPlaces(weight)
+        slices = weight.unbind(0)
+        return slices
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_slices: Tensor | None) -> Tensor:
-        shape, dtype, device = ctx.like
-        d_weight = torch.empty(shape, dtype=dtype, device=device)
-        for place, d_slice in zip(d_weight.unbind(0), d_slices, strict=True):
-            if d_slice is None:
-                place.zero_()
-            else:
-                place.copy_(d_slice)
-        return d_weight
+        return ctx.places.collect(d_slices)

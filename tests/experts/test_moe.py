@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gatework.core import Gate, PartError, Routing, build, capability, losses, metrics
 from gatework.experts import MoE
 from gatework.feedforward import GLU, MLP
+from gatework.ops.dispatch import ENGINES
 
 from ..contracts import checks
 from ..contracts.parts import Case
@@ -82,6 +84,39 @@ def test_equals_the_loop_with_all_gradients(settings):
     theirs = torch.autograd.grad(expected.sum(), leaves, materialize_grads=True)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "settings", [{}, {"experts": 32, "shared": 1}, {"experts": 1, "gate": "topk(k=1)"}, {"gate": "topk(k=4)"}], ids=str
+)
+def test_every_engine_equals_the_loop_under_checkpointing_too(settings, engine):
+    results = []
+    for name in ("loop", engine, engine):
+        m, x = layer(**settings, engine=name), tokens().requires_grad_()
+        y = m(x) if not results else checkpoint(m, x, use_reentrant=False)
+        total = y.sum() + sum(losses(m).values())  # sum: the incoming gradient has stride 0.
+        results.append([y, *torch.autograd.grad(total, [x, *m.parameters()])])
+        with torch.no_grad():  # Without a graph, and for a single token, there are shorter ways.
+            torch.testing.assert_close(m.eval()(x), y, rtol=0, atol=1e-12)
+            torch.testing.assert_close(m(x[3:4]), y[3:4], rtol=0, atol=1e-12)
+            assert m(x[:0]).shape == (0, D)
+            order = torch.randperm(len(x))
+            torch.testing.assert_close(m(x[order]), y[order], rtol=0, atol=1e-12)
+    for expected, first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, expected, rtol=0, atol=1e-11)
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("n", [2, 8, 64])
+@pytest.mark.parametrize("experts", [8, 64])
+def test_few_tokens_of_decoding_in_float32(n, experts):
+    torch.manual_seed(0)
+    m = MoE(256, d_ff=512, experts=experts).eval()
+    x = torch.randn(n, 256)
+    with torch.no_grad():
+        got = m(x)
+    torch.testing.assert_close(got.double(), copy.deepcopy(m).double()(x.double()), rtol=0, atol=1e-5)
 
 
 def test_one_expert_is_a_plain_feed_forward():
@@ -297,6 +332,7 @@ def test_initialisation_is_each_expert_alone():
         ({"min_capacity": 4}, "goes with a capacity, got 4 with capacity None"),
         ({"experts": []}, "must be at least 1"),
         ({"experts": ["glu", "versatile_ffn(d_ff=8)"]}, "and VersatileFFN owns its norm and residual"),
+        ({"experts": ["glu"], "gate": "topk(k=1)", "engine": "bmm"}, "the engine .bmm. needs experts of stacked weights"),
         ({"gate": "topk(k=9)"}, "between 1 and the number of experts 4, got 9"),
     ],
 )

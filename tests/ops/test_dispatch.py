@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
 from gatework.core import Routing
-from gatework.ops.dispatch import dispatch, run_experts, unstack
+from gatework.ops import dispatch as module
+from gatework.ops.dispatch import ENGINES, choose_engine, dispatch, grouped_works, run_experts, unstack
+from gatework.ops.linear import linear
 
 D, E = 5, 4
 
@@ -28,6 +32,18 @@ def loop(x, weights, chosen, functions):
     return torch.stack(rows)
 
 
+def stack(dtype=torch.float64, width=D):
+    """The same kind of experts over one stacked weight."""
+    w = torch.randn(E, width, width, dtype=dtype, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    return w, [lambda x, e=e: torch.tanh(x @ w[e].T) for e in range(E)], lambda rows, product: torch.tanh(product(rows, w))
+
+
+@pytest.fixture(params=["few", "many"])
+def sorting(request, monkeypatch):
+    """Both ways to sort, at the size of these tests."""
+    monkeypatch.setattr(module, "_FEW_SLOTS", {"few": 10**6, "many": -1}[request.param])
+
+
 def routings():
     generator = torch.Generator().manual_seed(1)
     full = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(11)])
@@ -42,6 +58,7 @@ def routings():
     }
 
 
+@pytest.mark.usefixtures("sorting")
 @pytest.mark.parametrize("align", [1, 4])
 @pytest.mark.parametrize("case", list(routings()))
 def test_equals_the_loop_with_all_gradients(case, align):
@@ -62,6 +79,83 @@ def test_equals_the_loop_with_all_gradients(case, align):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("sorting")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", list(routings()))
+def test_every_engine_equals_the_loop_with_all_gradients(case, engine):
+    w, chosen = routings()[case]
+    x = torch.randn(11, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    w = w.requires_grad_()
+    stacked, functions, together = stack()
+    routing = Routing(w, chosen, E)
+    got = run_experts(x, routing, functions, engine=engine, stacked=together)
+    assert torch.equal(got, run_experts(x, routing, functions, engine=engine, stacked=together))
+    expected = loop(x, w, chosen, functions) + 0 * x
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    inputs = [x, w, stacked]
+    mine = torch.autograd.grad(got.sum(), inputs, materialize_grads=True)  # sum: the incoming gradient has stride 0.
+    theirs = torch.autograd.grad(expected.sum(), inputs, materialize_grads=True)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("sorting")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", list(routings()))
+def test_the_grouped_product_equals_the_loop(case, dtype, monkeypatch):
+    assert grouped_works(torch.device("cpu"), dtype, 16)
+    called = []
+    real = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *args, **kwargs: (called.append(1), real(*args, **kwargs))[1])
+    w, chosen = routings()[case]
+    w = w.to(dtype).requires_grad_()
+    x = torch.randn(11, 16, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    stacked, functions, together = stack(dtype, 16)
+    results = []
+    for engine in ("grouped", "loop"):
+        y = run_experts(x, Routing(w, chosen, E), functions, engine=engine, stacked=together)
+        results.append([y, *torch.autograd.grad(y.sum(), [x, w, stacked], materialize_grads=True)])
+    assert len(called) == (case != "nothing used")
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol={torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype])
+
+
+def test_the_buffer_has_room_for_the_busiest_expert_and_no_more():
+    w, chosen = routings()["holes"]
+    _, functions, together = stack()
+    seen = []
+    run_experts(
+        torch.randn(11, D, dtype=torch.float64), Routing(w, chosen, E), functions, engine="bmm",
+        stacked=lambda rows, product: (seen.append(rows.shape), together(rows, product))[1],
+    )
+    assert seen == [(E, int(Routing(w, chosen, E).counts().max()), D)]
+
+
+def test_engines_are_chosen_by_shape_with_a_reason_that_is_logged_once(caplog):
+    even, skewed, many = [2] * 8, [16] + [0] * 7, [512] * 8
+    x = torch.zeros(8, 256)
+    with torch.no_grad():
+        assert choose_engine("auto", x, even, 16)[0] == "bmm"
+        assert choose_engine("auto", x.bfloat16(), even, 16)[0] == "bmm"
+        assert choose_engine("auto", x, skewed, 16)[0] == "segments"
+        assert choose_engine("auto", x.double(), even, 16)[0] == "segments"
+        assert choose_engine("auto", x, many, 4096)[0] == "segments"
+    assert choose_engine("auto", x, even, 16)[0] == "segments"
+    assert choose_engine("grouped", x, even, 16)[0] == "grouped"
+    assert choose_engine("grouped", x.double(), even, 16)[0] == "segments"
+    assert choose_engine("grouped", x[:, :255], even, 16)[0] == "segments"
+    module._log_once.cache_clear()
+    w, chosen = routings()["full"]
+    _, functions, together = stack()
+    with caplog.at_level(logging.DEBUG, logger="gatework"):
+        for _ in range(3):
+            x = torch.zeros(11, D, dtype=torch.float64)
+            run_experts(x, Routing(w, chosen, E), functions, engine="grouped", stacked=together)
+    assert [record.getMessage() for record in caplog.records] == [
+        "experts run by the engine 'segments': torch has no grouped product for float64 on cpu and these widths"
+    ]
+
+
 def test_rows_are_the_used_slots_sorted_by_expert():
     w, chosen = routings()["holes"]
     plan = dispatch(Routing(w, chosen, E))
@@ -72,6 +166,7 @@ def test_rows_are_the_used_slots_sorted_by_expert():
     assert plan.n_rows == len(used)
 
 
+@pytest.mark.usefixtures("sorting")
 @pytest.mark.parametrize("align", [1, 4])
 def test_a_token_that_nobody_serves_may_hold_anything(align):
     w, chosen = routings()["full"]
@@ -129,9 +224,35 @@ def test_the_number_of_experts_is_checked():
         run_experts(torch.zeros(1, D), Routing(torch.ones(1, 1), torch.zeros(1, 1).long(), E), [lambda x: x])
 
 
+def test_an_engine_has_what_it_needs():
+    w, chosen = routings()["full"]
+    _, functions = experts()
+    x = torch.zeros(11, D, dtype=torch.float64)
+    with pytest.raises(ValueError, match="the engine 'bmm' needs experts of stacked weights"):
+        run_experts(x, Routing(w, chosen, E), functions, engine="bmm")
+
+
 def test_unstack_gathers_one_gradient_with_zeros_for_the_unused():
     stacked = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     first, _, third = unstack(stacked)
     ((first**2).sum() + (3 * third).sum()).backward()
     expected = torch.stack([2 * stacked[0], torch.zeros(2, 2), torch.full((2, 2), 3.0)]).detach()
     torch.testing.assert_close(stacked.grad, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 300, 240)], ids=["small", "onednn"])
+def test_gradients_of_products_go_to_their_place_in_every_backward_pass(shape):
+    n, _, width = shape
+    generator = torch.Generator().manual_seed(0)
+    stacked = torch.randn(shape, generator=generator, requires_grad=True)
+    xs = [torch.randn(64, width, generator=generator) for _ in range(n)]
+    slices = unstack(stacked)
+    used_twice = linear(xs[0], slices[0]) + linear(xs[1], slices[0])
+    loss = used_twice.square().sum() + linear(xs[1], slices[1]).square().sum()
+    first, second = (torch.autograd.grad(loss, stacked, retain_graph=True)[0] for _ in range(2))
+    assert first.data_ptr() != second.data_ptr()
+    direct = ((xs[0] @ stacked[0].T + xs[1] @ stacked[0].T).square().sum() + (xs[1] @ stacked[1].T).square().sum())
+    (expected,) = torch.autograd.grad(direct, stacked)
+    for got in (first, second):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-2)
+        assert not got[2:].any()

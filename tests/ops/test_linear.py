@@ -31,7 +31,7 @@ def test_onednn_does_large_products_of_few_shapes_and_can_be_switched_off(monkey
     linear(torch.randn(64, 240, requires_grad=True), w).sum().backward()
     assert called == [(64, 240), (64, 300), (300, 64)]
     linear(torch.randn(65, 240), w)
-    linear(torch.randn(32, 240), w)
+    linear(torch.randn(32, 240), w)  # With a graph: its backward's shapes are as new as its own.
     linear(torch.randn(64, 240).double(), w.double())
     torch.backends.mkldnn.set_flags(False)
     try:
@@ -39,6 +39,14 @@ def test_onednn_does_large_products_of_few_shapes_and_can_be_switched_off(monkey
     finally:
         torch.backends.mkldnn.set_flags(True)
     assert len(called) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 31, 33])
+def test_few_rows_without_a_graph(rows):
+    generator = torch.Generator().manual_seed(rows)
+    x, w = torch.randn(rows, 240, generator=generator), torch.randn(300, 240, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, w).double(), x.double() @ w.double().T, rtol=0, atol=1e-4)
 
 
 def test_rows_are_filled_up_where_few_shapes_pay():
