@@ -39,7 +39,7 @@ class ActivationDTS(AffineRouter):
         d_model: width of the tokens.
         n_experts: E.
         k: experts per token; None for all of them.
-        act: of the scores: ``sigmoid``, ``tanh`` or ``gelu`` (the exact one).
+        act: of the scores: ``tanh`` (whose slope at 0 is that of the plain gate), ``sigmoid`` or ``gelu`` (the exact one).
         balance: balance terms, a list of parts or one; None for none.
 
     Parameters: ``weight`` b1 (E, d_model), ``bias`` b0 (E), ``log_tau`` (a scalar).
@@ -59,12 +59,12 @@ class ActivationDTS(AffineRouter):
         d_model: int,
         n_experts: int,
         k: int | None = None,
-        act: Literal["sigmoid", "tanh", "gelu"] = "sigmoid",
+        act: Literal["tanh", "sigmoid", "gelu"] = "tanh",
         balance: list[Any] | Any = None,
     ) -> None:
         super().__init__(d_model, n_experts, k, balance)
-        if act not in ("sigmoid", "tanh", "gelu"):
-            raise ValueError(f"act must be 'sigmoid', 'tanh' or 'gelu', got {act!r}")
+        if act not in _ACTS:
+            raise ValueError(f"act must be 'tanh', 'sigmoid' or 'gelu', got {act!r}")
         self.act = act
         self.log_tau = nn.Parameter(torch.zeros(()))
 
