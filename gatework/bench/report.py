@@ -56,6 +56,11 @@ def write(comparison: Comparison, folder: Path) -> Path:
 
 
 def write_text(path: Path, content: str) -> None:
+    """Write a text file so that at every moment either the old or the new one is there, whole.
+
+    Raises:
+        GateworkError: where the folder cannot be written or the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
         "homogeneous": "experts=4, log2_size=9, coarsest=128",
         "heterogeneous": "experts=4, log2_size=10, coarsest=8",
     },
+    "mixture": {"activation": "gate=activation_dts", "transformed": "gate=transformed", "dselect_k": "gate=dselect_k"},
     "multitask": {
         "dselect_k": "gate=dselect_k",
         "static": "gate=dselect_k(static=true)",
@@ -107,6 +108,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "learning_rates": (5e-4, 2e-2),
         "baseline": "",
         "model": {"d_model": 8, "deep": 1},
+        "match": "none",
+    },
+    "mixture_regression": {
+        "tokens": 150_000,
+        "tune_tokens": 50_000,
+        "batch_size": 64,
+        "learning_rates": (3e-3, 1e-1),
+        "baseline": "gate=topk(k=4)",
+        "model": {"experts": 4},
         "match": "none",
     },
     "multitask_regression": {

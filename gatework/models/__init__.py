@@ -9,18 +9,19 @@ from gatework.models.classifier import Classifier
 from gatework.models.click_through import ClickThrough
 from gatework.models.coordinates import CoordinateNetwork
 from gatework.models.decoder import Decoder
+from gatework.models.mixture import Mixture
 from gatework.models.multitask import MultiTask
 
 #: What a task of the bench may ask for, by name. Each class says in ``task_arguments`` which of its arguments the task gives;
 #: a study may set the others.
 BACKBONES: dict[str, type[Any]] = {
     "classifier": Classifier, "click_through": ClickThrough, "coordinates": CoordinateNetwork, "decoder": Decoder,
-    "multitask": MultiTask,
+    "mixture": Mixture, "multitask": MultiTask,
 }
 
 __all__ = [
     "BACKBONES", "AdvanceSchedules", "Classifier", "ClickThrough", "CoordinateNetwork", "Decoder", "GateworkConfig",
-    "GateworkForCausalLM", "MultiTask", "byte_tokenizer",
+    "GateworkForCausalLM", "Mixture", "MultiTask", "byte_tokenizer",
 ]
 
 if TYPE_CHECKING:

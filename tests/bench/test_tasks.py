@@ -20,9 +20,11 @@ from gatework.models import BACKBONES
 
 NAMES = [
     "text", "digits", "mnist1d", "recall", "click_through", "image_regression", "multitask_regression", "multitask_digits",
-    "federated_digits",
+    "federated_digits", "mixture_regression",
 ]
-SCORES = {"text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse"}
+SCORES = {
+    "text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse", "mixture_regression": "excess",
+}
 _made = {}
 
 
@@ -42,6 +44,8 @@ def uniform(made):
         return lambda x: torch.zeros(*x.shape, made.model_arguments()["vocab_size"])
     if made.backbone == "click_through":
         return lambda x: torch.zeros(len(x))
+    if made.backbone == "mixture":
+        return lambda x: torch.zeros(len(x), 3, 1)  # A standard normal distribution.
     if isinstance(made, RegressionTask):
         return lambda x: torch.zeros(len(x), made.splits["train"][1].shape[1])
     if made.backbone == "multitask":
@@ -57,6 +61,8 @@ def chance(made, y):
         return sum(math.log(classes) for classes in made.model_arguments()["outputs"]) / y.shape[1]
     if made.backbone == "click_through":
         return math.log(2)
+    if made.backbone == "mixture":
+        return (y.double().square().mean().item() + math.log(2 * math.pi)) / 2
     return math.log(made.model_arguments().get("vocab_size") or made.model_arguments()["classes"])
 
 
@@ -65,6 +71,11 @@ def smallest(made):
     sizes = {"decoder": {"layers": 1, "heads": 1}, "classifier": {"backbone": "mlp", "layers": 1}}
     if isinstance(made, RegressionTask):
         return BACKBONES[made.backbone](**made.model_arguments(), d_ff=8)
+    if made.backbone == "mixture":
+        model = BACKBONES[made.backbone](**made.model_arguments())
+        torch.nn.init.zeros_(model.slope)
+        torch.nn.init.zeros_(model.intercept)
+        return model
     return BACKBONES[made.backbone](**made.model_arguments(), d_model=8, **sizes.get(made.backbone, {}))
 
 
@@ -145,6 +156,7 @@ def test_units_are_counted_and_the_hash_is_of_the_data(name):
         ("image_regression", {"side": 9}, "an even side of at least 8 and squares of 1 to side / 2, got 9 and 4"),
         ("federated_digits", {"count": 1}, "count must be between 2 and 20 clients and alpha at least 0.05, got 1 and 0.4"),
         ("federated_digits", {"alpha": 0.0}, "got 8 and 0.0"),
+        ("mixture_regression", {"experts": 0}, "inputs and experts must be at least 1, got 2 and 0"),
         ("click_through", {"fields": 5}, "fields must be even and at least 4, values even and at least 2, got 5 and 100"),
         ("click_through", {"values": 0}, "got 12 and 0"),
         ("click_through", {"effect": 0.0}, "examples must be at least 100 and effect positive, got 20000 and 0.0"),

@@ -9,6 +9,7 @@ from gatework.bench.tasks.click_through import ClickThrough
 from gatework.bench.tasks.digits import Digits
 from gatework.bench.tasks.federated_digits import FederatedDigits
 from gatework.bench.tasks.image_regression import ImageRegression
+from gatework.bench.tasks.mixture_regression import MixtureRegression
 from gatework.bench.tasks.mnist1d import MNIST1D
 from gatework.bench.tasks.multitask_digits import MultitaskDigits
 from gatework.bench.tasks.multitask_regression import MultitaskRegression
@@ -22,7 +23,7 @@ from gatework.core.registry import parameters, suggest
 #: The tasks by name.
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (
-        Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression, MultitaskRegression, MultitaskDigits,
+        Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression, MixtureRegression, MultitaskRegression, MultitaskDigits,
         FederatedDigits,
     )
 }
