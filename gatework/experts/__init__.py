@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from gatework.core.registry import export as _export
+from gatework.experts.divcontrol import AlignmentLoss as AlignmentLoss
 
 globals().update(_parts := _export(__name__))
-__all__ = sorted(_parts)
+__all__ = sorted([*_parts, "AlignmentLoss"])
 
 if TYPE_CHECKING:
 
