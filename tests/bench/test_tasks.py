@@ -23,7 +23,8 @@ NAMES = [
     "federated_digits", "mixture_regression",
 ]
 SCORES = {
-    "text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse", "mixture_regression": "excess",
+    "text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse",
+    "mixture_regression": "excess",
 }
 _made = {}
 
@@ -173,6 +174,7 @@ def test_wrong_names_and_options_are_refused_in_one_sentence(name, options, sent
     [
         ("digits", "sklearn.datasets"),
         ("multitask_digits", "sklearn.datasets"),
+        ("federated_digits", "sklearn.datasets"),
         ("mnist1d", "mnist1d.data"),
         ("click_through", "sklearn.metrics"),
     ],
