@@ -47,8 +47,9 @@ def spawn_experts(
         PartError: for another kind of feed-forward, keep outside (0, 1], or an optimizer that does not hold the weights in one
             group or whose state has no copy.
     """
-    first, up, down = (getattr(feedforward, name, None) for name in ("gate", "up", "down"))
-    if not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear) or not hasattr(feedforward, "activation"):
+    parts = dict(feedforward.named_children())
+    first, up, down = (parts.get(name) for name in ("gate", "up", "down"))
+    if set(parts) - {"gate"} != {"up", "activation", "down"} or not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear):
         raise PartError(f"experts are spawned from a glu or an mlp, not from {type(feedforward).__name__}")
     layers: list[nn.Linear] = [first, up] if isinstance(first, nn.Linear) else [up]
     if any(layer.bias is not None for layer in (*layers, down)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -89,10 +88,8 @@ class MultiTask(nn.Module):
         chosen = Routing.from_dense((weights.detach() != 0).any(0).to(weights.dtype))
         plan = dispatch(chosen)
         segments = zip(self.experts, plan.gather(x).split(plan.counts), strict=True)
-        rows = [expert(segment) for expert, segment in segments if len(segment)]
-        y = torch.cat(rows) if rows else x.new_zeros(0, self.d_model)
-        outputs = []
-        for head, own in zip(self.heads, weights, strict=True):
-            mixed = dataclasses.replace(plan, weights=own.gather(1, chosen.experts)).combine(y)
-            outputs.append(head(mixed))
-        return torch.cat(outputs, 1)
+        y = torch.cat([*(expert(rows) for expert, rows in segments if len(rows)), x.new_zeros(1, self.d_model)])
+        shared = y.index_select(0, plan.rows.flatten()).unflatten(0, plan.rows.shape)  # (N, k, D); an empty slot's row is 0.
+        own = weights.gather(2, chosen.experts.expand(len(weights), -1, -1)).to(y.dtype)
+        mixed = torch.einsum("tnk,nkd->tnd", own, shared)
+        return torch.cat([head(task) for head, task in zip(self.heads, mixed, strict=True)], 1)
