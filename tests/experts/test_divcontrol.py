@@ -190,6 +190,7 @@ def test_wrong_inputs_meet_one_sentence():
     ]:
         with pytest.raises(PartError, match=message):
             call()
-    for settings, message in [({"k": 5}, "1 and the number of groups 4"), ({"tau": 0.0}, "tau positive"), ({"groups": 0}, "at least 1")]:
+    wrong = [({"k": 5}, "between 1 and the number of groups 4"), ({"tau": 0.0}, "tau positive"), ({"groups": 0}, "at least 1")]
+    for settings, message in wrong:
         with pytest.raises(ValueError, match=message):
             layer(**settings)
