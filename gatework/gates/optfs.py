@@ -56,6 +56,7 @@ class OptFS(Component):
     family = "gate"
     exact = ("beta",)
 
+    start: Tensor
     beta: Tensor
     hard: Tensor
 
@@ -79,6 +80,8 @@ class OptFS(Component):
         self.features, self.penalty, self.epochs = features, penalty, epochs
         self.final_beta, self.initial, self.search = final_beta, initial, search
         self.c = nn.Parameter(torch.full((features,), float(initial)))
+        # Of the same dtype as c, always: what rounds the one rounds the other.
+        self.register_buffer("start", torch.tensor(float(initial)))
         self.register_buffer("beta", torch.tensor(1.0))
         self.register_buffer("hard", torch.tensor(False))
 
@@ -101,7 +104,7 @@ class OptFS(Component):
         c = self.c if ids is None else nn.functional.embedding(ids, self.c[:, None]).squeeze(-1)
         c = c.to(torch.promote_types(c.dtype, torch.float32))
         # Both sigmoids go through the same kernel: where c = c_0 and beta = 1 the gate is 1 to the last bit.
-        soft = self._open(c) / torch.sigmoid(torch.full_like(c, self.initial))
+        soft = self._open(c) / torch.sigmoid(torch.zeros_like(c) + self.start)
         return torch.where(self.hard, (c > 0).to(c.dtype) * self.scale, soft)
 
     def forward(self, embeddings: Float[Tensor, "*shape D"], ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:

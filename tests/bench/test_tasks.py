@@ -20,11 +20,11 @@ from gatework.models import BACKBONES
 
 NAMES = [
     "text", "digits", "mnist1d", "recall", "click_through", "image_regression", "multitask_regression", "multitask_digits",
-    "federated_digits", "mixture_regression",
+    "federated_digits", "mixture_regression", "dynamical_systems",
 ]
 SCORES = {
     "text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse",
-    "mixture_regression": "excess",
+    "mixture_regression": "excess", "dynamical_systems": "mse",
 }
 _made = {}
 
@@ -154,6 +154,7 @@ def test_units_are_counted_and_the_hash_is_of_the_data(name):
         ("recall", {"pairs": 16, "vocab_size": 32}, "16 pairs need a vocabulary of at least 34, got 32"),
         ("recall", {"pairs": 0}, "0 pairs need"),
         ("recall", {"alpha": 0.0}, "alpha must be positive, got 0.0"),
+        ("dynamical_systems", {"families": 5}, "families is 1 to 4, systems and trajectories at least 1, got 5, 8 and 4"),
         ("image_regression", {"side": 9}, "an even side of at least 8 and squares of 1 to side / 2, got 9 and 4"),
         ("federated_digits", {"count": 1}, "count must be between 2 and 20 clients and alpha at least 0.05, got 1 and 0.4"),
         ("federated_digits", {"alpha": 0.0}, "got 8 and 0.0"),
@@ -554,3 +555,54 @@ def test_every_client_counts_the_same():
     assert scores["error"] == pytest.approx(7 / 8)
     asked.clear()
     assert made.evaluate(predict, "test", max_batches=2)["accuracy"] == 0.5
+
+
+# dynamical_systems
+
+
+def test_rates_are_those_of_the_differential_equations():
+    """Against an adaptive solver; parameters and initial values are drawn family by family, in this order."""
+    solve = pytest.importorskip("scipy.integrate").solve_ivp
+    fields = [
+        lambda t, z, a, b: [0.5 * z[0] - a * z[0] * z[1], b * z[0] * z[1] - 0.5 * z[1]],
+        lambda t, z, a, b: [z[1], a * (1 - z[0] ** 2) * z[1] - b * z[0]],
+        lambda t, z, a, b: [z[1], -a * math.sin(z[0]) - b * z[1]],
+        lambda t, z, a, b: [-z[0] + a * z[1] + z[0] ** 2 * z[1], b - a * z[1] - z[0] ** 2 * z[1]],
+    ]
+    ranges = [[(0.25, 1), (0.25, 1)], [(0.2, 1.5), (0.5, 1.5)], [(1, 4), (0, 0.5)], [(0.05, 0.15), (0.3, 0.9)]]
+    places = [(0.5, 2), (-2, 2), (-2, 2), (0.2, 1.5)]
+    made = make_task("dynamical_systems", systems=2, trajectories=1, seed=5)
+    x, y = (torch.cat([made.splits[name][i].view(8, -1, 20, 3 - i) for name in ("train", "validation", "test")], 1) for i in (0, 1))
+    assert torch.equal(x[..., 0], torch.arange(8.0)[:, None, None].expand(8, 5, 20))
+    generator = torch.Generator().manual_seed(5)
+    for f, field in enumerate(fields):
+        low, high = torch.tensor(ranges[f], dtype=torch.float64).T
+        p = low + torch.rand(2, 1, 2, dtype=torch.float64, generator=generator) * (high - low)
+        start = places[f][0] + (places[f][1] - places[f][0]) * torch.rand(2, 5, 2, dtype=torch.float64, generator=generator)
+        paths = torch.tensor(
+            [
+                [
+                    solve(field, (0, 4), start[s, j].tolist(), args=p[s, 0].tolist(), t_eval=[0.2 * i for i in range(21)],
+                          rtol=1e-9, atol=1e-9, max_step=0.1).y.T.tolist()
+                    for j in range(5)
+                ]
+                for s in range(2)
+            ],
+            dtype=torch.float64,
+        )
+        states, rates = paths[:, :, :-1], paths.diff(dim=2) / 0.2
+        train = states[:, :1].flatten(0, 2)
+        scaled = (states - train.mean(0)) / train.std(0, correction=0)
+        torch.testing.assert_close(x[2 * f : 2 * f + 2, ..., 1:], scaled.float(), rtol=0, atol=2e-3)
+        speed = rates[:, :1].flatten(0, 2).square().mean(0).sqrt()
+        torch.testing.assert_close(y[2 * f : 2 * f + 2], (rates / speed).float(), rtol=0, atol=2e-3)
+
+
+def test_unseen_systems_have_one_trajectory_to_adapt_to_and_two_to_score_on():
+    made = make_task("dynamical_systems", families=2, trajectories=1)
+    (x, y), (query_x, query_y) = made.unseen(systems=3)
+    assert (x.shape, y.shape, query_x.shape, query_y.shape) == ((120, 3), (120, 2), (240, 3), (240, 2))
+    assert x[:, 0].unique().tolist() == query_x[:, 0].unique().tolist() == [0.0, 1, 2, 3, 4, 5]
+    known = {tuple(row.tolist()) for row in made.splits["train"][0][:, 1:]}
+    assert not known & {tuple(row.tolist()) for row in x[:, 1:]}
+    assert all(torch.equal(a, b) for a, b in zip(made.unseen(systems=3)[0], (x, y), strict=True))
