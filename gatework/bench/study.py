@@ -39,6 +39,10 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
         "homogeneous": "experts=4, log2_size=9, coarsest=128",
         "heterogeneous": "experts=4, log2_size=10, coarsest=8",
     },
+    "environments": {
+        "gradient": "experts=4, gate=topk(k=1)",
+        "mixer": "experts=4, learner=mixer_kmeans(update_gate_every=20)",
+    },
     "mixture": {"activation": "gate=activation_dts", "transformed": "gate=transformed", "dselect_k": "gate=dselect_k"},
     "multitask": {
         "dselect_k": "gate=dselect_k",
@@ -92,6 +96,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "baseline": "",
         "model": {"d_model": 128, "layers": 3},
         "match": "none",
+    },
+    "dynamical_systems": {
+        "tokens": 800_000,
+        "tune_tokens": 250_000,
+        "batch_size": 512,
+        "learning_rates": (1e-3, 2e-2),
+        "baseline": "experts=1, d_ff=132",
+        "model": {},
     },
     "image_regression": {
         "tokens": 600_000,

@@ -9,6 +9,7 @@ from gatework.models.classifier import Classifier
 from gatework.models.click_through import ClickThrough
 from gatework.models.coordinates import CoordinateNetwork
 from gatework.models.decoder import Decoder
+from gatework.models.environments import EnvironmentNetwork
 from gatework.models.mixture import Mixture
 from gatework.models.multitask import MultiTask
 
@@ -16,12 +17,12 @@ from gatework.models.multitask import MultiTask
 #: a study may set the others.
 BACKBONES: dict[str, type[Any]] = {
     "classifier": Classifier, "click_through": ClickThrough, "coordinates": CoordinateNetwork, "decoder": Decoder,
-    "mixture": Mixture, "multitask": MultiTask,
+    "environments": EnvironmentNetwork, "mixture": Mixture, "multitask": MultiTask,
 }
 
 __all__ = [
-    "BACKBONES", "AdvanceSchedules", "Classifier", "ClickThrough", "CoordinateNetwork", "Decoder", "GateworkConfig",
-    "GateworkForCausalLM", "Mixture", "MultiTask", "byte_tokenizer",
+    "BACKBONES", "AdvanceSchedules", "Classifier", "ClickThrough", "CoordinateNetwork", "Decoder",
+    "EnvironmentNetwork", "GateworkConfig", "GateworkForCausalLM", "Mixture", "MultiTask", "byte_tokenizer",
 ]
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 from gatework.bench.tasks.base import Batch, Predict, Split, SupervisedTask, Task
 from gatework.bench.tasks.click_through import ClickThrough
 from gatework.bench.tasks.digits import Digits
+from gatework.bench.tasks.dynamical_systems import DynamicalSystems
 from gatework.bench.tasks.federated_digits import FederatedDigits
 from gatework.bench.tasks.image_regression import ImageRegression
 from gatework.bench.tasks.mixture_regression import MixtureRegression
@@ -24,7 +25,7 @@ from gatework.core.registry import parameters, suggest
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (
         Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression, MixtureRegression, MultitaskRegression, MultitaskDigits,
-        FederatedDigits,
+        FederatedDigits, DynamicalSystems,
     )
 }
 
