@@ -59,7 +59,7 @@ class SymmetricCrossGate(Component):
         """The settings."""
         return f"d_model={self.d_model}, tokens={self.tokens}"
 
-    def forward(self, a: Float[Tensor, "B *shape"], b: Float[Tensor, "B *shape"]) -> tuple[Tensor, Tensor]:
+    def forward(self, a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> tuple[Tensor, Tensor]:
         """Refine both streams.
 
         Raises:

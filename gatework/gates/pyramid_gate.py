@@ -67,11 +67,11 @@ class PyramidGate(Component):
 
     def forward(
         self,
-        a: Float[Tensor, "B *shape"],
-        b: Float[Tensor, "B *shape"],
-        before_a: Float[Tensor, "B *finer"],
-        before_b: Float[Tensor, "B *finer"],
-    ) -> Float[Tensor, "B *shape"]:
+        a: Float[Tensor, "..."],
+        b: Float[Tensor, "..."],
+        before_a: Float[Tensor, "..."],
+        before_b: Float[Tensor, "..."],
+    ) -> Float[Tensor, "..."]:
         """Fuse the level.
 
         Raises:
