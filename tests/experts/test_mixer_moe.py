@@ -179,7 +179,8 @@ def test_adaptation_learns_contexts_and_nothing_else():
         torch.testing.assert_close(at_start.mixer.contexts[n], means[tried.index(min(tried))], rtol=0, atol=0)
     first, last = F.mse_loss(at_start(x), y), F.mse_loss(new(x), y)
     assert last < 0.5 * first
-    plain = copy.deepcopy(at_start.mixer)
+    y = y + 0.3 * torch.randn_like(y)  # No context starts at a minimum, where Adam makes steps of rounding errors.
+    plain = adapt(model, x, y, F.mse_loss, environments=3, steps=0).mixer
     optimizer = torch.optim.Adam([plain.contexts], lr=0.05)
     for _ in range(5):
         optimizer.zero_grad()
