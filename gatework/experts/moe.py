@@ -159,6 +159,15 @@ class MoE(Experts):
     ) -> Float[Tensor, "*B D"]:
         """Transform every token; padding (``mask`` False) is routed nowhere and comes out as the shared experts'
         output (0 without them). ``conditions`` go to the gate."""
+        tokens, routing = self.route(x, mask, conditions)
+        if self.listed is None:
+            y = self.run_stacked(tokens, routing, self.w_in, self.w_out)  # Read once: they may be parametrized.
+        else:
+            y = run_experts(tokens, routing, list(self.listed), engine=self.engine)
+        return self.finish(tokens, y).view(x.shape)
+
+    def route(self, x: Tensor, mask: Tensor | None, conditions: Mapping[str, Tensor]) -> tuple[Tensor, Routing]:
+        """The tokens as (N, d_model), and who serves them."""
         shape = x.shape
         given = {name: self._condition(name, value, shape[:-1]) for name, value in conditions.items()}
         if missing := set(self.gate.conditions) - set(given):
@@ -167,14 +176,17 @@ class MoE(Experts):
         routing = self.gate(x, mask, **given)
         if self.capacity is not None:
             routing = self._within_capacity(routing, len(x) if mask is None else int(mask.sum()))
-        y = self._stacked(x, routing) if self.listed is None else run_experts(x, routing, list(self.listed), engine=self.engine)
+        return x, routing
+
+    def finish(self, x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """Add the shared experts' outputs to those of the chosen ones."""
         if self.shared_in is not None and self.shared_out is not None:
-            dtype = self._dtype(x, self.shared_in)
+            dtype = self.compute_dtype(x, self.shared_in)
             with without_autocast(x.device):
                 x = x.to(dtype)
                 for expert in _Experts(self, self.shared_in.to(dtype), self.shared_out.to(dtype)):
                     y = y + expert(x)
-        return y.view(shape)
+        return y
 
     def _condition(self, name: str, value: Tensor, tokens: torch.Size) -> Tensor:
         if name not in self.gate.conditions:
@@ -183,20 +195,19 @@ class MoE(Experts):
             raise PartError(f"{name} has one row per token, shape {(*tokens, '...')}, not {tuple(value.shape)}")
         return value.reshape(-1, *value.shape[len(tokens) :])
 
-    def _dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
+    def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
         """What experts of stacked weights compute in."""
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
         return torch.promote_types(x.dtype, weight.dtype)
 
-    def _stacked(self, x: Tensor, routing: Routing) -> Tensor:
-        w_in, w_out = self.w_in, self.w_out  # Read once: they may be parametrized.
-        dtype = self._dtype(x, w_in)
+    def run_stacked(self, x: Tensor, routing: Routing, w_in: Tensor, w_out: Tensor) -> Tensor:
+        """The chosen of the experts with these weights on tokens (N, d_model), weighed and summed."""
+        dtype = self.compute_dtype(x, w_in)
         with without_autocast(x.device):
             x = x.to(dtype)
             experts = _Experts(self, w_in.to(dtype), w_out.to(dtype))
-            rows = routing.experts.numel() / self.experts
-            align = alignment(rows, w_out[0].numel(), dtype, x.device)
+            align = alignment(routing.experts.numel() / len(w_in), w_out[0].numel(), dtype, x.device)
             return run_experts(x, routing, experts, align, self.engine, experts.stacked)
 
     def _within_capacity(self, routing: Routing, n_real: int) -> Routing:
