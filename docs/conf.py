@@ -34,7 +34,7 @@ public_modules = [
     "gatework.surgery", "gatework.activations", "gatework.gates", "gatework.experts", "gatework.feedforward", "gatework.mixers",
     "gatework.depth", "gatework.weights", "gatework.optim", "gatework.learners", "gatework.activations.base", "gatework.gates.base",
     "gatework.feedforward.base", "gatework.mixers.base", "gatework.depth.base", "gatework.optim.base", "gatework.learners.base",
-    "gatework.ops.*", "gatework",
+    "gatework.learners.federated", "gatework.ops.*", "gatework",
 ]  # fmt: skip
 
 html_theme = "furo"
