@@ -118,15 +118,17 @@ class KMeansLstsqGateUpdate(Learner):
             raise ValueError(f"context_steps, expert_steps and update_gate_every must be at least 1 and proximal 0, got {given}")
         if assignment not in ("greedy", "hungarian"):
             raise ValueError(f"assignment is greedy or hungarian, got {assignment!r}")
-        self.mixer: Any = model.mixer
-        if getattr(self.mixer, "gate", None) is not None:
-            raise ValueError(f"this model's {type(self.mixer.gate).__name__} learns by gradient; build it without a gate")
+        mixer: Any = model.mixer
+        if getattr(mixer, "gate", None) is not None:
+            raise ValueError(f"this model's {type(mixer.gate).__name__} learns by gradient; build it without a gate")
         self.context_steps, self.expert_steps, self.proximal = context_steps, expert_steps, proximal
         self.update_gate_every, self.assignment = update_gate_every, assignment
         self.centroids: Tensor | None = None
         self.generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        own = self.mixer.contexts
-        self.groups = [own], [p for p in model.parameters() if p is not own and p.requires_grad]
+        self.mixer = mixer
+        own: nn.Parameter = mixer.contexts
+        rest = [p for p in model.parameters() if p is not own and p.requires_grad]
+        self.groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [own], rest
 
     def estimate(self, batch: Batch) -> dict[str, Tensor]:
         """Fill ``p.grad`` with the gradient of the objective, contexts and all else.
@@ -174,12 +176,14 @@ class KMeansLstsqGateUpdate(Learner):
         x, y = batch
         numbers = self.model.environment(x)  # type: ignore[operator]
         table = torch.full((len(self.mixer.contexts), len(self.mixer.experts)), torch.nan, dtype=torch.float64)
-        rows = {int(n): numbers == n for n in numbers.unique()}
+        present, counts = numbers.unique(return_counts=True)
+        order, pieces = numbers.argsort(stable=True), counts.tolist()
+        targets = y[order].split(pieces)
         for e in range(table.shape[1]):
             with self.mixer.only(e):
-                output = self.predict(x)
-            for n, mine in rows.items():
-                table[n, e] = float(self.loss_fn(output[mine], y[mine]))
+                outputs = self.predict(x)[order].split(pieces)
+            found = [self.loss_fn(output, target) for output, target in zip(outputs, targets, strict=True)]
+            table[present.cpu(), e] = torch.stack(found).cpu().double()
         return table
 
     @torch.no_grad()
