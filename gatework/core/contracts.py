@@ -395,7 +395,7 @@ def advance(model: nn.Module, step: int, total_steps: int) -> None:
     step.
 
     ``step`` counts finished optimizer steps from 1; each part that has a schedule implements ``advance(step,
-    total_steps)``.
+    total_steps)``. In distributed training every rank calls it: parts may add up what the ranks have counted.
     """
     for module in model.modules():
         move = getattr(module, "advance", None)

@@ -91,7 +91,7 @@ def test_a_family_exports_its_parts_by_class_name():
         ("glu(order=True)", None, "glu: order must be one of 1, 2, got True"),
         ("adamw(betas=(0.9, x))", None, "adamw: betas must be (a number, a number), got (0.9, x)"),
         ("adamw(betas=(0.9,))", None, "adamw: betas must be (a number, a number), got (0.9,)"),
-        ("moe(gate=3)", None, "moe: gate is a gate part such as gate=noisy_topk, not 3"),
+        ("moe(gate=3)", None, "moe: gate is a gate part such as gate=activation_dts, not 3"),
         ("glu(activation=3)", None, "glu: activation is an activation part such as activation=gelu, not 3"),
         ("moe(gate=gla)", None, "'gla' is a mixer, not a gate; there are "),
         ("moe(gate=topk(k=two))", None, "topk: k must be a whole number, got 'two'"),

@@ -11,8 +11,7 @@ from torch import nn
 from gatework.core import PartError, Routing, losses, metrics
 from gatework.core.cost import count_flops
 from gatework.experts import MoE
-from gatework.gates import AdaptiveTopK
-from gatework.gates.adaptive_topk import ComplexityCurriculum
+from gatework.gates import AdaptiveTopK, ComplexityCurriculum
 from gatework.models import Decoder
 
 D, E = 6, 5
