@@ -39,7 +39,7 @@ class Compare:
     data: Annotated[str | None, arg(metavar="FILE")] = None
     """Any file to learn byte by byte (task text); default: the bundled Shakespeare."""
     task: Text = None
-    """text, digits, mnist1d or recall."""
+    """What is learnt, such as text or digits; a wrong name lists them all."""
     variant: Annotated[UseAppendAction[list[str]], arg(metavar='NAME="KEY=VALUE, ..."')] = field(default_factory=list)
     """What one row changes of the baseline, as in wide="feedforward=versatile_ffn"."""
     baseline: Settings = None

@@ -81,7 +81,8 @@ def finished(folder):
     return found
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_killed_at_any_moment_and_resumed(folder, whole, seed):
     # The whole group is killed (the command and its workers) again and again, at a moment of chance, until the study ends.
     chance, kept, attempts = random.Random(seed), {}, 0
