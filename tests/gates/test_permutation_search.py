@@ -197,7 +197,7 @@ def test_scipy_is_asked_for_in_one_sentence(monkeypatch):
 
 
 def test_wrong_arguments():
-    for settings, message in (({"phase": 0.0}, "share of the training"), ({"noise": -1.0}, "at least 0"), ({"entropy": -1.0}, "at ")):
+    for settings, message in (({"phase": 0.0}, "share of the"), ({"noise": -1.0}, "at least 0"), ({"entropy": -1.0}, "at least 0")):
         with pytest.raises(ValueError, match=message):
             PermutationSearch(D, E, **settings)
     with pytest.raises(GateworkError, match="no gate 'comett'; did you mean 'comet'"):

@@ -14,10 +14,13 @@ from gatework.core.errors import GateworkError
 class MultitaskRegression(RegressionTask):
     """Several regressions on the same normal inputs; those of one cluster read the same hidden features; 4,096 train.
 
-    Each cluster c has random features h_c(x) = tanh(2 W_c x / sqrt(inputs)), 16 of them. Task t of the cluster is y_t = a_t
-    h_c(x) with a_t = sqrt(related) a_c + sqrt(1 - related) b_t, all of a_c, b_t and W_c standard normal. Tasks of different
-    clusters have nothing in common, so that sharing all is as wrong as sharing nothing. Targets are scaled to mean 0 and variance
-    1; then comes the noise, whose variance is the least mean squared error to be had. 1,024 examples validate, 2,048 test.
+    Each cluster c has random features h_c(x) = tanh(2 W_c x / sqrt(inputs)), 16 of them. Task t of the cluster is
+
+        y_t = a_t h_c(x)    a_t = sqrt(related) a_c + sqrt(1 - related) b_t
+
+    with W_c, a_c and b_t standard normal. Clusters are drawn apart from each other, so that sharing all is as wrong as sharing
+    nothing. Targets are scaled to mean 0 and variance 1; then comes the noise, whose variance is the least mean squared error to
+    be had. 1,024 examples validate, 2,048 test.
 
     Args:
         tasks: number of tasks, in clusters of equal size.
