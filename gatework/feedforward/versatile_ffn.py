@@ -131,7 +131,7 @@ class VersatileFFN(FeedForward):
         self.depth_router = nn.Linear(d_model, loops, bias=False) if chooses_loops else None
         for layer in (self.up, self.down, self.expert_router, self.depth_router):
             if layer is not None:
-                nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.06, b=0.06)
+                _start(layer)
         self.tau: Tensor
         self.register_buffer("tau", torch.tensor(float(tau_start)))
 
@@ -159,11 +159,18 @@ class VersatileFFN(FeedForward):
         eps: Any = None if norm is None else getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if norm is not None and ("RMSNorm" not in type(norm).__name__ or eps is None):
             raise PartError(f"from_dense takes an RMS norm with an eps, not this {type(norm).__name__}")
-        activation = copy.deepcopy(dense.activation if isinstance(dense, GLU) else dense.act_fn)
-        chosen: dict[str, Any] = {"activation": activation} | settings
-        new = cls(up.in_features, up.out_features, **chosen).to(up.weight.device, up.weight.dtype)
-        new.tau = new.tau.to(torch.promote_types(up.weight.dtype, torch.float32))
+        own: Any = dense.activation if isinstance(dense, GLU) else dense.act_fn
+        activation = build(settings.pop("activation", None) or copy.deepcopy(own), "activation")
+        with torch.device("meta"):  # A random start of the large weights would take longer than all else.
+            new = cls(up.in_features, up.out_features, activation=nn.Identity(), **settings)
+        new.to_empty(device=up.weight.device).to(up.weight.dtype)
+        new.activation = activation.to(up.weight.device, up.weight.dtype)
+        new.tau = torch.full_like(new.tau, new.tau_start, dtype=torch.promote_types(up.weight.dtype, torch.float32))
         with torch.no_grad():
+            for router in (new.expert_router, new.depth_router):
+                if router is not None:
+                    _start(router)
+            new.norm.weight.fill_(1.0)
             new.up.weight.copy_(torch.cat([up.weight, gate.weight]))
             new.down.weight.copy_(down.weight)
             if norm is not None:
@@ -346,6 +353,10 @@ class VersatileFFN(FeedForward):
         if self.layout == "contiguous":
             return self.down.weight.reshape(self.d_model, self.experts, -1).unbind(1)
         return self.down.weight.reshape(self.d_model, -1, self.experts).unbind(2)
+
+
+def _start(layer: nn.Linear) -> None:
+    nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.06, b=0.06)
 
 
 class _Mixture(torch.autograd.Function):

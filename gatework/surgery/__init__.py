@@ -1,8 +1,8 @@
 """The parts put into an existing pretrained model.
 
 ``describe(model)`` says what surgery found; each conversion (``gateskip``, ``depth``, ``recursive``, ``ternary``, ``pack``,
-``phatgoose``) is one call in place that returns a :class:`Conversion`; ``save`` and ``load`` keep a converted model; ``distill``
-trains it towards the original; ``PhatgooseGates`` prepares an adapter of ``peft`` for ``phatgoose``.
+``phatgoose``, ``versatile_ffn``) is one call in place that returns a :class:`Conversion`; ``save`` and ``load`` keep a converted
+model; ``distill`` trains it towards the original; ``PhatgooseGates`` prepares an adapter of ``peft`` for ``phatgoose``.
 """
 
 from gatework.surgery.checkpoint import load, save
@@ -13,8 +13,9 @@ from gatework.surgery.layout import Layout, describe
 from gatework.surgery.phatgoose import PhatgooseGates, phatgoose
 from gatework.surgery.recursive import recursive
 from gatework.surgery.ternary import pack, ternary
+from gatework.surgery.versatile_ffn import versatile_ffn
 
 __all__ = [
     "Conversion", "Layout", "PhatgooseGates", "depth", "describe", "distill", "gateskip", "load", "pack", "phatgoose", "recursive",
-    "save", "ternary",
+    "save", "ternary", "versatile_ffn",
 ]
