@@ -7,6 +7,7 @@ implementations counts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 
 import torch
@@ -16,6 +17,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from gatework.experts import MoE
 from gatework.feedforward import GLU
+from gatework.ops.dispatch import run_experts
+from gatework.ops.linear import alignment
 
 D_MODEL, D_FF = 256, 512
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -49,7 +52,7 @@ def check(ours: MoE, peers: dict[str, MixtralSparseMoeBlock], x: torch.Tensor) -
     are compared)."""
     expected = output(ours.float(), x.float())
     for name, block in peers.items():
-        if name == "batched_mm" and x.shape[1] > 64:
+        if name == "batched_mm" and x.shape[1] > 8:
             continue
         error = (output(block.float(), x.float()).view_as(expected) - expected).abs().max().item()
         assert error < 1e-5, f"{name} differs by {error}"
@@ -93,14 +96,38 @@ def decoding(experts: int, k: int, dtype: torch.dtype, tokens: int = 1) -> None:
     check(ours, peers, x)
     ours.to(dtype).eval()
     x = x.to(dtype)
-    layers = [ours, *(peers[name].to(dtype).eval() for name in IMPLEMENTATIONS)]
+    # batched_mm copies a weight for each slot: for 64 tokens it takes twenty times as long as the others.
+    names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or tokens <= 8]
+    layers = [ours, *(peers[name].to(dtype).eval() for name in names)]
     with torch.no_grad():
-        mine, *theirs = interleaved(*(lambda layer=layer: output(layer, x) for layer in layers), repeats=201, warmup=20)
+        repeats = 201 if tokens <= 8 else 101
+        mine, *theirs = interleaved(*(lambda layer=layer: output(layer, x) for layer in layers), repeats=repeats, warmup=20)
     best = min(theirs)
-    name = IMPLEMENTATIONS[theirs.index(best)]
+    name = names[theirs.index(best)]
     kind = str(dtype).removeprefix("torch.")
-    what = f"moe forward {tokens} token, top-{k} of {experts}, {kind}"
+    what = f"moe forward {tokens} token{'s' * (tokens > 1)}, top-{k} of {experts}, {kind}"
     row(what, mine, best, "moe", f"mixtral {name}", ">=1", best / mine >= 1)
+
+
+def overhead(dtype: torch.dtype, tokens: int = 4096, experts: int = 8, k: int = 2) -> None:
+    """The layer against its gate and dispatch alone, whose experts hand their rows back."""
+    ours, _ = sides(experts, k, dtype)
+    x = torch.randn(tokens, D_MODEL, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(tokens, D_MODEL, dtype=dtype)
+    align = alignment(tokens * k / experts, ours.w_out[0].numel(), dtype, x.device)
+    nothing = [lambda rows: rows] * experts
+
+    def step(forward: Callable[[], torch.Tensor]) -> None:
+        x.grad = None
+        ours.zero_grad(set_to_none=True)
+        forward().backward(upstream)
+
+    share, layer = interleaved(
+        lambda: step(lambda: run_experts(x, ours.gate(x), nothing, align)), lambda: step(lambda: ours(x)), repeats=21
+    )
+    kind = str(dtype).removeprefix("torch.")
+    what = f"gate and dispatch of {tokens} tokens, top-{k} of {experts}, {kind}"
+    row(what, share, layer, "gate and dispatch", "layer", f">={1 / 0.15:.2f}", share <= 0.15 * layer)
 
 
 def main() -> None:
@@ -109,8 +136,10 @@ def main() -> None:
         strict = dtype == torch.float32
         training(8, 2, dtype, 1.3, 1.15 if strict else None)
         training(64, 4, dtype, 1.4, 1.35 if strict else None)
+        overhead(dtype)
         for experts, k in ((8, 2), (64, 4)):
-            decoding(experts, k, dtype)
+            for tokens in (1, 8, 64):
+                decoding(experts, k, dtype, tokens)
 
 
 if __name__ == "__main__":
