@@ -149,11 +149,17 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def slot_of(cls: type, parameter: str) -> str | None:
-    """The slot whose parts a constructor parameter takes: its own name, or what the class's ``slots`` says."""
+    """The slot whose parts a constructor parameter takes: what the class's ``slots`` says, or its own name.
+
+    By its name alone a parameter takes parts only if its annotation leaves room for one (``Any`` or a list): ``balance: float`` is
+    a number.
+    """
     declared: dict[str, str] = dict(getattr(cls, "slots", {}))
     if parameter in declared:
         return declared[parameter]
-    return parameter if parameter in slots() else None
+    options = _options(_hints(cls).get(parameter, Any))
+    room = any(option is Any or typing.get_origin(option) is list for option in options)
+    return parameter if room and parameter in slots() else None
 
 
 def check(part: Any, slot: str | None = None) -> Spec:

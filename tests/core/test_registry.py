@@ -94,6 +94,7 @@ def test_a_family_exports_its_parts_by_class_name():
         ("moe(gate=3)", None, "moe: gate is a gate part such as gate=activation_dts, not 3"),
         ("glu(activation=3)", None, "glu: activation is an activation part such as activation=gelu, not 3"),
         ("moe(gate=gla)", None, "'gla' is a mixer, not a gate; there are "),
+        ("versatile_ffn(balance=switch)", None, "versatile_ffn: balance must be a number, got 'switch'"),
         ("moe(gate=topk(k=two))", None, "topk: k must be a whole number, got 'two'"),
         ("moe(gate=topk(kk=2))", None, "topk has no argument 'kk'; did you mean 'k'?"),
         ("relu(1)", None, "relu takes at most 0 arguments, got 1: relu(1)"),
