@@ -108,6 +108,41 @@ def test_every_engine_equals_the_loop_under_checkpointing_too(settings, engine):
         assert torch.equal(first, second)
 
 
+def static(m: MoE, x: torch.Tensor, capacity: int) -> torch.Tensor:
+    """One-hot dispatch: every expert computes ``capacity`` rows, used or not."""
+    routing = m.gate(x)
+    chosen = F.one_hot(routing.experts, m.experts).transpose(0, 1)  # (k, N, E): slot 0 of all tokens claims first.
+    place = (chosen.flatten(0, 1).cumsum(0).view_as(chosen) - 1)[..., None] == torch.arange(capacity)
+    mask = place * chosen[..., None].to(x.dtype)
+    buffer = torch.einsum("knec,nd->ecd", mask, x)
+    g, u = torch.einsum("ecd,ehd->ech", buffer, m.w_in).chunk(2, -1)
+    y = torch.einsum("ech,edh->ecd", F.silu(g) * u, m.w_out)
+    return torch.einsum("knec,nk,ecd->nd", mask, routing.weights, y)
+
+
+@pytest.mark.parametrize("settings", [{}, {"experts": 16}, {"gate": "topk(k=4)"}, {"capacity": 1.0}], ids=str)
+def test_dynamic_equals_static_dispatch_with_all_gradients(settings):
+    m, x = layer(**settings), tokens().requires_grad_()
+    k = m.gate.k
+    capacity = math.ceil(len(x) * k / m.experts) if m.capacity else len(x)
+    results = [
+        [y, *torch.autograd.grad(y.square().sum(), [x, *m.parameters()], materialize_grads=True)]
+        for y in (m(x), static(m, x, capacity))
+    ]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", ["segments", "bmm"])
+def test_executed_rows_are_the_used_slots_or_the_buffer(engine):
+    m, x = layer(experts=16, engine=engine), tokens(40)
+    with FlopCounterMode(display=False) as counter:
+        m(x)
+    per_row, router = 2 * D * 3 * H, 2 * D * 16
+    rows = 40 * 2 if engine == "segments" else 16 * int(m.gate(x).counts().max())
+    assert counter.get_total_flops() == rows * per_row + 40 * router
+
+
 @pytest.mark.parametrize("n", [2, 8, 64])
 @pytest.mark.parametrize("experts", [8, 64])
 def test_few_tokens_of_decoding_in_float32(n, experts):
