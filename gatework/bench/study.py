@@ -34,7 +34,7 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
         "gateskip": "depth=gateskip",
     },
     "classifier": {"golu": "activation=golu", "xgelu": "activation=xgelu", "xsilu": "activation=xsilu"},
-    "click_through": {"optfs": "embedding_gate=optfs(penalty=1e-4, search=0.5), learner=optfs_search"},
+    "click_through": {"optfs": "embedding_gate=optfs(penalty=5e-4, search=0.5), learner=optfs_search"},
     "coordinates": {
         "homogeneous": "experts=4, log2_size=9, coarsest=128",
         "heterogeneous": "experts=4, log2_size=10, coarsest=8",
@@ -49,6 +49,11 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
         "static": "gate=dselect_k(static=true)",
         "comet": "gate=comet",
         "permutation": "gate=permutation_search(gate=comet)",
+    },
+    "ranker": {
+        "softmax": "gate=topk(k=8, normalize=none, balance=[])",
+        "attention_weighted": "gate=attention_weighted",
+        "no_contrast": "gate=attention_weighted(contrast=0.0)",
     },
 }
 
@@ -120,6 +125,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "learning_rates": (5e-4, 2e-2),
         "baseline": "",
         "model": {"d_model": 8, "deep": 1},
+        "match": "none",
+    },
+    "ranking": {
+        "tokens": 400_000,
+        "tune_tokens": 200_000,
+        "batch_size": 128,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "",
+        "model": {"d_model": 16, "experts": 8},
         "match": "none",
     },
     "mixture_regression": {

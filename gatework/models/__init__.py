@@ -12,17 +12,18 @@ from gatework.models.decoder import Decoder
 from gatework.models.environments import EnvironmentNetwork
 from gatework.models.mixture import Mixture
 from gatework.models.multitask import MultiTask
+from gatework.models.ranker import Ranker
 
 #: What a task of the bench may ask for, by name. Each class says in ``task_arguments`` which of its arguments the task gives;
 #: a study may set the others.
 BACKBONES: dict[str, type[Any]] = {
     "classifier": Classifier, "click_through": ClickThrough, "coordinates": CoordinateNetwork, "decoder": Decoder,
-    "environments": EnvironmentNetwork, "mixture": Mixture, "multitask": MultiTask,
+    "environments": EnvironmentNetwork, "mixture": Mixture, "multitask": MultiTask, "ranker": Ranker,
 }
 
 __all__ = [
     "BACKBONES", "AdvanceSchedules", "Classifier", "ClickThrough", "CoordinateNetwork", "Decoder",
-    "EnvironmentNetwork", "GateworkConfig", "GateworkForCausalLM", "Mixture", "MultiTask", "byte_tokenizer",
+    "EnvironmentNetwork", "GateworkConfig", "GateworkForCausalLM", "Mixture", "MultiTask", "Ranker", "byte_tokenizer",
 ]
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from gatework.models import BACKBONES
 
 NAMES = [
     "text", "digits", "mnist1d", "recall", "click_through", "image_regression", "multitask_regression", "multitask_digits",
-    "federated_digits", "mixture_regression", "dynamical_systems",
+    "federated_digits", "mixture_regression", "dynamical_systems", "ranking",
 ]
 SCORES = {
     "text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse",
-    "mixture_regression": "excess", "dynamical_systems": "mse",
+    "mixture_regression": "excess", "dynamical_systems": "mse", "ranking": "auc_error",
 }
 _made = {}
 
@@ -43,7 +43,7 @@ def uniform(made):
     """A model that knows nothing."""
     if made.backbone == "decoder":
         return lambda x: torch.zeros(*x.shape, made.model_arguments()["vocab_size"])
-    if made.backbone == "click_through":
+    if made.backbone in ("click_through", "ranker"):
         return lambda x: torch.zeros(len(x))
     if made.backbone == "mixture":
         return lambda x: torch.zeros(len(x), 3, 1)  # A standard normal distribution.
@@ -60,7 +60,7 @@ def chance(made, y):
         return y.square().mean().item()
     if made.backbone == "multitask":
         return sum(math.log(classes) for classes in made.model_arguments()["outputs"]) / y.shape[1]
-    if made.backbone == "click_through":
+    if made.backbone in ("click_through", "ranker"):
         return math.log(2)
     if made.backbone == "mixture":
         return (y.double().square().mean().item() + math.log(2 * math.pi)) / 2
@@ -159,6 +159,8 @@ def test_units_are_counted_and_the_hash_is_of_the_data(name):
         ("federated_digits", {"count": 1}, "count must be between 2 and 20 clients and alpha at least 0.05, got 1 and 0.4"),
         ("federated_digits", {"alpha": 0.0}, "got 8 and 0.0"),
         ("mixture_regression", {"experts": 0}, "inputs and experts must be at least 1, got 2 and 0"),
+        ("ranking", {"history": 1}, "items, queries, types and history must be at least 2, got 200, 20, 4, 1"),
+        ("ranking", {"effect": 0.0}, "examples must be at least 100 and effect positive, got 20000 and 0.0"),
         ("click_through", {"fields": 5}, "fields must be even and at least 4, values even and at least 2, got 5 and 100"),
         ("click_through", {"values": 0}, "got 12 and 0"),
         ("click_through", {"effect": 0.0}, "examples must be at least 100 and effect positive, got 20000 and 0.0"),
@@ -178,6 +180,7 @@ def test_wrong_names_and_options_are_refused_in_one_sentence(name, options, sent
         ("federated_digits", "sklearn.datasets"),
         ("mnist1d", "mnist1d.data"),
         ("click_through", "sklearn.metrics"),
+        ("ranking", "sklearn.metrics"),
     ],
 )
 def test_a_missing_extra_is_named_with_its_installation(name, package, monkeypatch):

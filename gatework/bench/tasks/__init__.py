@@ -14,6 +14,7 @@ from gatework.bench.tasks.mixture_regression import MixtureRegression
 from gatework.bench.tasks.mnist1d import MNIST1D
 from gatework.bench.tasks.multitask_digits import MultitaskDigits
 from gatework.bench.tasks.multitask_regression import MultitaskRegression
+from gatework.bench.tasks.ranking import Ranking
 from gatework.bench.tasks.recall import Recall
 from gatework.bench.tasks.text import Text
 from gatework.core.errors import GateworkError
@@ -25,7 +26,7 @@ from gatework.core.registry import parameters, suggest
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (
         Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression, MixtureRegression, MultitaskRegression, MultitaskDigits,
-        FederatedDigits, DynamicalSystems,
+        FederatedDigits, DynamicalSystems, Ranking,
     )
 }
 
