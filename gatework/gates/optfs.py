@@ -39,7 +39,7 @@ class OptFS(Component):
     Args:
         features: number of feature values F, the rows of the table.
         penalty: weight of the number of features kept (softly) in the loss. It sums over the whole table although a batch
-            touches few rows; the paper's 1e-8 is for millions of features, small tables want 1e-5 to 1e-3.
+            touches few rows; the paper's 1e-8 is for millions of features, small tables want 1e-4 to 1e-3.
         epochs: pieces T of the search, at least 2.
         final_beta: beta of the last piece, at least 1.
         initial: c_0, the start of every c.

@@ -8,7 +8,8 @@ weights are the mean of the clients', weighted by their numbers of examples. Gat
 The same code is the baselines: without a gate it is federated averaging (McMahan et al., 2017, arXiv 1602.05629), with
 ``average=False`` every client trains alone, and ``average`` set to False after some rounds is fine-tuning. Differences to the
 released code: gate and weights move in the same step (the paper's algorithm; the code's default takes turns by epochs), every
-client takes part in every round, and both steps are plain SGD, gradients clipped at norm 10 as in the code.
+client takes part in every round, and both steps are plain SGD, gradients clipped at norm 10 as in the code. Schedules inside the
+model's parts are not moved: call ``core.advance(trainer.model, ...)`` between rounds.
 """
 
 from __future__ import annotations

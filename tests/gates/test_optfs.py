@@ -171,3 +171,16 @@ def test_wrong_use_meets_one_sentence():
         OptFS(7).export(torch.zeros(5, 2))
     with pytest.raises(IndexError):
         OptFS(7)(rows(), IDS + 5)
+
+
+@pytest.mark.compile
+def test_it_compiles_as_one_graph_in_search_and_hard():
+    gate = OptFS(7, penalty=0.1)
+    with torch.no_grad():
+        gate.c.copy_(torch.tensor(C))
+    compiled = torch.compile(gate, fullgraph=True)
+    for _ in range(2):
+        for step in (0, 7):
+            advance(gate, step, 10)
+            torch.testing.assert_close(compiled(rows(dtype=torch.float32), IDS), gate(rows(dtype=torch.float32), IDS))
+        gate.harden()

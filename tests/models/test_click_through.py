@@ -76,7 +76,7 @@ def test_initialisation(deep):
 def test_a_study_builds_it_with_gate_and_learner():
     task = make_task("click_through", fields=4, values=6, examples=400)
     study = define({"task": {"name": "click_through", "fields": 4, "values": 6, "examples": 400}})
-    assert study.resolved["optfs"].model["embedding_gate"] == "optfs(penalty=0.0001, search=0.5)"
+    assert study.resolved["optfs"].model["embedding_gate"] == "optfs(penalty=0.0005, search=0.5)"
     torch.manual_seed(0)
     net = build_model(task, study.resolved["optfs"])
     learner = build_learner(net, task, study.resolved["optfs"], 1e-2, 20)
