@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from gatework.bench import checkpoint
 from gatework.core import advance, losses
 from gatework.learners import Backprop, OptFSSearch
 from gatework.models import ClickThrough
@@ -106,13 +107,14 @@ def test_early_stopping_brings_the_best_weights_back_and_moves_nothing_more():
     assert not torch.equal(kept[2]["table"], kept[1]["table"])
 
 
-def test_resuming_inside_each_phase_is_exact():
+def test_resuming_inside_each_phase_from_a_file_is_exact(tmp_path):
     for done in (2, 7, 15, 19):
         rule = learner(model(), validate=lambda m: float(m.bias), schedule=True)
         for step in range(done):
             rule.step(batch(step))
         other = learner(model(seed=4), validate=lambda m: float(m.bias), schedule=True)
-        other.load_state_dict(copy.deepcopy(rule.state_dict()))
+        checkpoint.save(tmp_path / f"{done}.safetensors", rule.state_dict())
+        other.load_state_dict(checkpoint.load(tmp_path / f"{done}.safetensors"))
         for step in range(done, 24):
             rule.step(batch(step))
             other.step(batch(step))
