@@ -152,9 +152,13 @@ def test_two_ranks_with_half_a_batch_each_are_one_with_the_whole(tmp_path):
         subprocess.Popen([sys.executable, SCRIPT, tmp_path, str(rank), "2"], stderr=subprocess.PIPE, text=True, env=environment)
         for rank in range(2)
     ]
-    for process in running:
-        assert process.wait(120) == 0, process.stderr.read()
-        process.stderr.close()
+    try:
+        for process in running:
+            assert process.wait(300) == 0, process.stderr.read()
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
     spec = importlib.util.spec_from_file_location("ranks", SCRIPT)
     ranks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ranks)
