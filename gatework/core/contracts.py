@@ -60,7 +60,7 @@ class Part(nn.Module, ABC):
     the class says otherwise). ``slots`` names constructor parameters that take a part expression and are not called
     after their slot. ``example`` holds constructor arguments for the smallest sensible instance, where the defaults
     are too large for a test. ``exact`` names floating buffers that a half-precision model keeps in float32 (their steps
-    would vanish there).
+    would vanish there). ``fades`` names parameters that a schedule freezes: their gradient becomes exactly 0.
     """
 
     slot: ClassVar[str] = ""
@@ -69,6 +69,7 @@ class Part(nn.Module, ABC):
     slots: ClassVar[Mapping[str, str]] = {}
     example: ClassVar[Mapping[str, Any]] = {}
     exact: ClassVar[tuple[str, ...]] = ()
+    fades: ClassVar[tuple[str, ...]] = ()
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
@@ -116,11 +117,12 @@ class Gate(Part):
 
     A gate that chooses by more than the token names it in ``conditions``: keyword arguments of ``forward`` after
     ``mask``, tensors with one row per token, which an experts layer hands on from its own ``forward``. It raises
-    ``PartError`` where one is missing.
+    ``PartError`` where one is missing. A gate that does not look at its tokens has ``static`` set.
     """
 
     slot = family = "gate"
     conditions: ClassVar[tuple[str, ...]] = ()
+    static: bool = False
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:

@@ -1,7 +1,7 @@
 """``DenseToSparse``: the gate of EvoMoE, which starts with all experts and ends with one.
 
 Nie et al., EvoMoE: An Evolutional Mixture-of-Experts Training Framework via Dense-To-Sparse Gate, 2021, arXiv 2112.14397, second
-phase (the first, which grows the experts out of a trained feed-forward, is :func:`gatework.experts.spawn.spawn_experts`):
+phase (the first, which grows the experts out of a trained feed-forward, is :func:`gatework.experts.spawn_experts`):
 
     z = W x    g = softmax((z + Gumbel noise) / tau)    chosen = 1[g > 1e-3]    weights = chosen softmax(z)
     loss = balancing E^2 mean_e( mean_t weights_te  mean_t chosen_te )
@@ -60,6 +60,8 @@ class DenseToSparse(Gate):
     Raises:
         ValueError: temperatures that are not positive or rise, shares outside (0, 1], a negative balance weight.
     """
+
+    exact = ("temperature",)
 
     temperature: Tensor
     winner_only: Tensor

@@ -87,7 +87,7 @@ class PermutationSearch(Gate):
 
     capabilities = Gate.capabilities | {"compiles": No("the number of Sinkhorn steps grows with the training")}
     example = {"phase": 1.0}
-    #: The parameters whose gradient fades as the search goes on, to exactly 0 after it.
+    exact = ("progress",)
     fades = ("logits",)
 
     progress: Tensor

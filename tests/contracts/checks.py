@@ -102,8 +102,7 @@ def check_gradients(case: Case) -> None:
     assert y.requires_grad, "the output has no graph"
     (objective(y) + sum(losses(part).values())).backward()
     finite({"x": input_gradient(part, x)} | gradients(part), "gradient")
-    fades = getattr(part, "fades", ())  # Parameters that a schedule freezes.
-    unreached = [name for name, g in gradients(part).items() if not g.any() and name not in fades]
+    unreached = [name for name, g in gradients(part).items() if not g.any() and name not in part.fades]
     assert not unreached, f"no gradient reaches {unreached}"
     assert getattr(part, "static", False) or x.grad.any(), "no gradient reaches the input"
 

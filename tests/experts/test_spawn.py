@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from gatework.core import PartError, advance
-from gatework.experts import MoE
-from gatework.experts.spawn import spawn_experts
+from gatework.experts import MoE, spawn_experts
 from gatework.feedforward import GLU, MLP, VersatileFFN
 from gatework.optim import AdamW
 

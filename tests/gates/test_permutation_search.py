@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from gatework.core import GateworkError, advance, build, losses
+from gatework.core import Gate, GateworkError, Routing, advance, build, losses
 from gatework.core.cost import count_flops
 from gatework.experts import MoE
 from gatework.gates import PermutationSearch
@@ -202,3 +202,22 @@ def test_wrong_arguments():
             PermutationSearch(D, E, **settings)
     with pytest.raises(GateworkError, match="no gate 'comett'; did you mean 'comet'"):
         PermutationSearch(D, E, gate="comett")
+
+
+class ByPlace(Gate):
+    """Routes each token to the expert that its condition names."""
+
+    conditions = ("place",)
+
+    def forward(self, x, mask=None, *, place):
+        return Routing(x.new_ones(len(x), 1), place[:, None], E)
+
+
+def test_conditions_reach_the_gate_behind():
+    layer = MoE(D, d_ff=5, experts=E, gate=end(PermutationSearch(D, E, gate=ByPlace()))).double()
+    x, place = tokens(), torch.arange(20) % E
+    plain = MoE(D, d_ff=5, experts=E, gate=ByPlace()).double()
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x, place=place), plain(x, place=layer.gate.order[0][place]), rtol=0, atol=1e-14)
+    with pytest.raises(GateworkError, match="chooses by place too"):
+        layer(x)
