@@ -13,7 +13,7 @@ frozen main branch by
     L_al = 1 - mean cos(P h_cond, stopgrad(h_early))        P linear
 
 A new condition can be tried without training, by running the gate on its embedding, or gets a group and a row of the gate of its
-own while all else is frozen (:meth:`DivLinear.extend`).
+own while all else is frozen (``DivLinear.extend``).
 
 No code was published: the gate's MLP (one hidden SiLU layer as wide as t), the weight 0.5 of the loss and all ranks are ours. Watch
 the metric ``entropy``: a gate that stays uniform makes one shared model.
@@ -94,9 +94,9 @@ class DivLinear(FactoredLinear):
         learngenes: R_g, components that are always on.
         tailors: R_t, components of each group.
         bias: whether there is a bias.
-        k, tau: of the :class:`ConditionGate`.
+        k, tau: of the ``ConditionGate``.
 
-    Initialisation: as ``kind``; the gate's layers are ``nn.Linear``'s. :meth:`from_linear` starts from a trained layer.
+    Initialisation: as ``kind``; the gate's layers are ``nn.Linear``'s. ``from_linear`` starts from a trained layer.
 
     Side outputs: metric ``entropy``, the mean entropy of the gate in nats, log K at most.
 

@@ -42,7 +42,7 @@ class FactoredLinear(Component):
 
         y = U_0 (s_0 * V_0^T x) + sum_k a_k U_k (s_k * V_k^T x) + b
 
-    The shared ones are the learngenes, the others the tailors. Subclasses make ``a`` (B, K) from a condition: :meth:`gates`. A
+    The shared ones are the learngenes, the others the tailors. Subclasses make ``a`` (B, K) from a condition: ``gates``. A
     group's gate multiplies its hidden units, so that samples with different gates share the matrix products.
 
     Initialisation: V is normal with standard deviation ``d_in**-0.5``, U with ``(3 (learngenes + tailors))**-0.5``, s is 1, so that

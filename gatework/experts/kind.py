@@ -56,7 +56,7 @@ class KINDLinear(FactoredLinear):
     """A linear layer of shared components and components of each class.
 
     ``forward(x (B, ..., d_in), condition (B)) -> (B, ..., d_out)``; ``condition`` holds the samples' classes, None lets the
-    learngenes act alone. All tailors are computed, and those of other classes multiplied by 0; :meth:`merge` and :meth:`factors`
+    learngenes act alone. All tailors are computed, and those of other classes multiplied by 0; ``merge`` and ``factors``
     give one class alone, which costs no more than its rank.
 
     Args:
@@ -68,7 +68,7 @@ class KINDLinear(FactoredLinear):
         bias: whether there is a bias, which all classes share.
 
     Initialisation: V is normal with standard deviation ``d_in**-0.5``, U with ``(3 (learngenes + tailors))**-0.5``, s is 1: each
-        W_c has the variance 1 / (3 d_in) of ``nn.Linear``'s start. The bias is uniform within ``d_in**-0.5``. :meth:`from_linear`
+        W_c has the variance 1 / (3 d_in) of ``nn.Linear``'s start. The bias is uniform within ``d_in**-0.5``. ``from_linear``
         starts from a trained layer.
 
     Raises:
@@ -111,7 +111,7 @@ class KINDLinear(FactoredLinear):
         return made
 
     def extend(self, classes: int, freeze: bool = True, noop: bool = True) -> KINDLinear:
-        """A layer for more classes: as :meth:`transfer`, behind the present classes, which stay as they are."""
+        """A layer for more classes: as ``transfer``, behind the present classes, which stay as they are."""
         made = self._extended(classes, keep=True, freeze=freeze, noop=noop)
         made.gate = ClassGate(self.groups + classes)
         return made
