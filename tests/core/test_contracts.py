@@ -121,6 +121,32 @@ def test_copies_and_pickles_start_without_side_outputs():
     assert len(losses(net)) == 2  # The original keeps its own.
 
 
+class Precise(Talker):
+    """Keeps one of its two buffers exact."""
+
+    exact = ("bias",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.tensor([1 / 3, 1 + 2**-20]))
+
+
+def test_exact_buffers_keep_their_precision_in_half_precision():
+    net = nn.Sequential(Precise())
+    part, before = net[0], net[0].bias.clone()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        net.to(dtype)
+        assert (part.bias.dtype, part.progress.dtype, part.weight.dtype) == (torch.float32, dtype, dtype)
+        assert torch.equal(part.bias, before)
+    assert net.double()[0].bias.dtype == torch.float64
+    net.half()
+    assert part.bias.dtype == torch.float32
+    assert torch.equal(part.bias, before)
+    assert "bias" in dict(part.named_buffers())
+    assert net.to("meta")[0].bias.is_meta
+    assert net.to_empty(device="cpu").half()[0].bias.dtype == torch.float32
+
+
 def test_capabilities_answer_for_classes_and_instances_with_reasons():
     assert capability(Attention, "causal") is True
     assert capability(Attention(8), "causal") is True
