@@ -155,7 +155,7 @@ def test_units_are_counted_and_the_hash_is_of_the_data(name):
         ("recall", {"pairs": 0}, "0 pairs need"),
         ("recall", {"alpha": 0.0}, "alpha must be positive, got 0.0"),
         ("dynamical_systems", {"families": 5}, "families is 1 to 4, systems and trajectories at least 1, got 5, 8 and 4"),
-        ("image_regression", {"side": 9}, "an even side of at least 8 and squares of 1 to side / 2, got 9 and 4"),
+        ("image_regression", {"side": 9}, "an even side of at least 8 and squares of 1 to side / 2, got 9 and 6"),
         ("federated_digits", {"count": 1}, "count must be between 2 and 20 clients and alpha at least 0.05, got 1 and 0.4"),
         ("federated_digits", {"alpha": 0.0}, "got 8 and 0.0"),
         ("mixture_regression", {"experts": 0}, "inputs and experts must be at least 1, got 2 and 0"),

@@ -21,6 +21,11 @@ class ImageRegression(RegressionTask):
     better than the picture's variance of 1. With squares of one pixel that would be all there is to learn; the neighbours of a
     pixel have to tell something of it.
 
+    Where a grid's lines meet the squares' borders, a checkerboard is hardly a picture of fine detail to a hash grid: all the
+    multipliers of its hash are odd, so that corners which collide have coordinates of equal parity of their sum, and squares of
+    equal colour. Few rows then draw the whole board. With a side of 256 and squares of 6 the grids of the usual resolutions
+    (powers of two) do not fit it.
+
     Args:
         side: pixels a side.
         square: pixels a side of a square of the checkerboard.
@@ -34,7 +39,7 @@ class ImageRegression(RegressionTask):
     backbone = "coordinates"
     EVALUATION_BATCH = 4096
 
-    def __init__(self, side: int = 128, square: int = 4, seed: int = 0) -> None:
+    def __init__(self, side: int = 256, square: int = 6, seed: int = 0) -> None:
         if side < 8 or side % 2 or not 1 <= square <= side // 2:
             raise GateworkError(f"a picture needs an even side of at least 8 and squares of 1 to side / 2, got {side} and {square}")
         generator = torch.Generator().manual_seed(seed)
