@@ -42,9 +42,9 @@ aten = torch.ops.aten
 class NoRGa(Attention):
     """Softmax attention with a learned prefix per task, gated residually.
 
-    ``forward(x (B, T, d_model)) -> (B, T, d_model)``. For continual learning on a frozen model, call :meth:`learn` at the start of
-    each task (it freezes all of the layer but that task's prompt) and :meth:`select` to predict. Built afresh, all is trained but
-    the prompts of later tasks.
+    ``forward(x (B, T, d_model)) -> (B, T, d_model)``. For continual learning freeze the model (``model.requires_grad_(False)``),
+    call :meth:`learn` on every such layer at the start of each task (it frees that task's prompt, and keeps or makes all else of
+    the layer frozen), and :meth:`select` to predict. Built afresh, all is trained but the prompts of later tasks.
 
     Args:
         d_model: width of the stream.

@@ -57,7 +57,7 @@ def test_side_outputs(case):
     checks.check_side_outputs(case)
 
 
-# Where tokens compete for places, padded places are among those that are shared out.
+# Where rows compete for places, the parts' own tests show that padding takes none.
 @pytest.mark.parametrize("case", variants(*(slot for slot in MODULES if slot not in MASKLESS), capable="batch_invariant"))
 def test_padding_is_in_no_output_and_no_statistic(case):
     checks.check_mask(case)
