@@ -160,7 +160,7 @@ def test_units_are_counted_and_the_hash_is_of_the_data(name):
         ("federated_digits", {"alpha": 0.0}, "got 8 and 0.0"),
         ("mixture_regression", {"experts": 0}, "inputs and experts must be at least 1, got 2 and 0"),
         ("ranking", {"history": 1}, "items, queries, types and history must be at least 2, got 200, 20, 4, 1"),
-        ("ranking", {"effect": 0.0}, "examples must be at least 100 and effect positive, got 20000 and 0.0"),
+        ("ranking", {"effect": 0.0}, "examples must be at least 100 and effect positive, got 60000 and 0.0"),
         ("click_through", {"fields": 5}, "fields must be even and at least 4, values even and at least 2, got 5 and 100"),
         ("click_through", {"values": 0}, "got 12 and 0"),
         ("click_through", {"effect": 0.0}, "examples must be at least 100 and effect positive, got 20000 and 0.0"),

@@ -54,7 +54,7 @@ class Ranking(Task):
         queries: int = 20,
         types: int = 4,
         history: int = 8,
-        examples: int = 20_000,
+        examples: int = 60_000,
         effect: float = 3.0,
         data_seed: int = 0,
     ) -> None:
