@@ -62,9 +62,10 @@ def _solver() -> Any:
 class PermutationSearch(Gate):
     """A sparse gate with a learnt order of its experts.
 
-    A tree can only choose neighbouring leaves together; which experts are neighbours is an accident of the start. The search makes
-    the order of the leaves trainable for a while. During the search a token may use all experts. At its temperatures the gradient of
-    A is large where two orders are about as good, and 0 elsewhere: clipping over the whole model then shortens the others' steps too.
+    A tree can only choose neighbouring leaves together; which experts are neighbours is an accident of the start. The search
+    makes the order of the leaves trainable for a while. During the search a token may use all experts. At its temperatures the
+    gradient of A is large where two orders are about as good, and 0 elsewhere: clipping over the whole model then shortens the
+    others' steps too.
 
     Args:
         d_model: width of the tokens.
