@@ -45,10 +45,10 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
     },
     "mixture": {"activation": "gate=activation_dts", "transformed": "gate=transformed", "dselect_k": "gate=dselect_k"},
     "multitask": {
-        "dselect_k": "gate=dselect_k",
-        "static": "gate=dselect_k(static=true)",
-        "comet": "gate=comet",
-        "permutation": "gate=permutation_search(gate=comet)",
+        "dselect_k": "gate=dselect_k(entropy=1e-3)",
+        "static": "gate=dselect_k(entropy=1e-3, static=true)",
+        "comet": "gate=comet(entropy=1e-3)",
+        "permutation": "gate=permutation_search(gate=comet(entropy=1e-3))",
     },
     "ranker": {
         "softmax": "gate=topk(k=8, normalize=none, balance=[])",
