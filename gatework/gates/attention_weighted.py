@@ -20,6 +20,8 @@ tokens without behaviours out of the contrast (their two gates are both g_0 what
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -127,7 +129,7 @@ class AttentionWeighted(Gate):
         parts = self._run(self.activation, pairs) * self._run(self.gate, pairs)
         return parts.masked_fill(~history_mask[..., None], 0)
 
-    def _run(self, network: nn.Sequential, pairs: Tensor) -> Tensor:
+    def _run(self, network: Any, pairs: Tensor) -> Tensor:
         first, _, last = network
         h = F.linear(pairs, first.weight.to(pairs.dtype), first.bias.to(pairs.dtype)).relu()
         return F.linear(h, last.weight.to(pairs.dtype), last.bias.to(pairs.dtype))
