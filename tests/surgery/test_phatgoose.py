@@ -195,6 +195,38 @@ def test_adapters_of_any_rank_and_scale_are_routed_as_in_the_equations(tiny, tok
         model.save_pretrained(tmp_path / "plain")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # The base model is a single GGUF file.
+def test_on_smollm2_one_adapter_of_four_times_the_same_is_the_peft_model(smollm2, tmp_path):
+    """Four equal adapters with different gates: whatever is chosen, the update is the same."""
+    ids = torch.tensor([[504, 3575, 282, 4649, 314, 7042, 30]])
+    greedy = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 2}
+    model = get_peft_model(smollm2, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    folders = {f"copy{i}": tmp_path / str(i) for i in range(4)}
+    try:
+        generator = torch.Generator().manual_seed(0)
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data.normal_(std=0.02, generator=generator)
+        for seed, folder in enumerate(folders.values()):
+            gates = gated(model, seed)
+            model.save_pretrained(folder)
+            gates.save(folder)
+            gates.undo()
+        expected, written = logits(model.eval(), ids), model.generate(input_ids=ids, **greedy)
+    finally:
+        smollm2 = model.unload()
+    before = logits(smollm2, ids)
+    conversion = surgery.phatgoose(smollm2, folders)
+    try:
+        assert (expected - before).abs().max() > 0.5
+        torch.testing.assert_close(logits(smollm2, ids), expected, rtol=0, atol=1e-3)
+        assert torch.equal(smollm2.generate(input_ids=ids, **greedy), written)
+    finally:
+        conversion.undo()
+    assert torch.equal(logits(smollm2, ids), before)
+
+
 def test_some_layers_of_a_kind_are_named_one_by_one(tiny, tokens, tmp_path):
     model = tiny("llama")
     peft_model = saved(model, tmp_path, layers_to_transform=[0, 2])
