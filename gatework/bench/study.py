@@ -46,7 +46,7 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
     "mixture": {"activation": "gate=activation_dts", "transformed": "gate=transformed", "dselect_k": "gate=dselect_k"},
     "multitask": {
         "dselect_k": "gate=dselect_k(entropy=1e-3)",
-        "static": "gate=dselect_k(entropy=1e-3, static=true)",
+        "static": "gate=dselect_k(entropy=3e-3, static=true)",
         "comet": "gate=comet(entropy=1e-3)",
         "permutation": "gate=permutation_search(gate=comet(entropy=1e-3))",
     },
