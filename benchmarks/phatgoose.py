@@ -56,7 +56,7 @@ def read(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def write(model: torch.nn.Module, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
     with torch.no_grad():
         logits = model(input_ids=ids, past_key_values=cache).logits
-    cache.crop(cache.get_seq_length() - 1)
+    cache.crop(-1)
     return logits
 
 
