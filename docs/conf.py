@@ -34,7 +34,8 @@ public_modules = [
     "gatework.surgery", "gatework.activations", "gatework.gates", "gatework.experts", "gatework.feedforward", "gatework.mixers",
     "gatework.depth", "gatework.weights", "gatework.optim", "gatework.learners", "gatework.activations.base", "gatework.gates.base",
     "gatework.feedforward.base", "gatework.mixers.base", "gatework.depth.base", "gatework.optim.base", "gatework.learners.base",
-    "gatework.learners.federated", "gatework.ops.*", "gatework",
+    "gatework.learners.federated", "gatework.experts.expert_buffer", "gatework.experts.expert_parallel",
+    "gatework.experts.expert_placement", "gatework.experts.expert_trace", "gatework.ops.*", "gatework",
 ]  # fmt: skip
 
 html_theme = "furo"

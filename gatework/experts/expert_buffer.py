@@ -219,3 +219,6 @@ class _Held(nn.Module):
         h = nn.functional.linear(x, w_in)
         h = self.activation.gated(h) if self.glu else self.activation(h)
         return nn.functional.linear(h.to(x.dtype), w_out)
+
+
+__all__ = ["POLICIES", "ExpertBuffer", "hold", "replay"]

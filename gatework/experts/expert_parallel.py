@@ -211,3 +211,6 @@ def _all_to_all(rows: Tensor, there: list[int], here: list[int], group: Any) -> 
     received = rows.new_empty(sum(here), rows.shape[1])
     dist.all_to_all_single(received, rows.contiguous(), here, there, group=group)
     return received
+
+
+__all__ = ["simulate"]

@@ -97,3 +97,6 @@ def _each(n_experts: int, n_ranks: int) -> int:
     if n_ranks < 1 or n_experts < 1 or n_experts % n_ranks:
         raise PartError(f"{n_experts} experts cannot be shared out evenly among {n_ranks} ranks: take a number that they divide")
     return n_experts // n_ranks
+
+
+__all__ = ["ExpertPlacement"]

@@ -39,3 +39,6 @@ def record(model: nn.Module) -> Iterator[dict[str, Int[Tensor, "batches E"]]]:
 def _note(seen: dict[str, list[Tensor]], path: str, gate: nn.Module, inputs: Any, routing: Routing) -> None:
     if not in_backward():
         seen.setdefault(path, []).append(routing.counts().cpu())
+
+
+__all__ = ["record"]

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gatework.core.routing import Routing
-from gatework.ops.linear import GradientPlaces
+from gatework.ops.linear import ROWS, GradientPlaces, linear
 
 #: What runs the experts; ``auto`` chooses among the others.
 Engine = Literal["auto", "loop", "segments", "grouped", "bmm"]
@@ -189,7 +189,7 @@ def run_experts(
     if stacked is None:
         engine = "segments"
     elif engine in ("auto", "grouped"):
-        engine, reason = choose_engine(engine, x, slots.counts, routing.experts.numel())
+        engine, reason = choose_engine(engine, x, slots.counts)
         _log_once(engine, reason)
     if not any(slots.counts):
         return x.new_zeros(x.shape) + 0 * x
@@ -200,19 +200,17 @@ def run_experts(
         outputs = [experts[e](segment) for e, (segment, count) in enumerate(segments) if count]
         return plan.combine(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
     if engine == "bmm":
-        return plan.combine(stacked(rows.view(len(experts), -1, x.shape[1]), _batched).flatten(0, 1))
-    ends = torch.tensor(list(accumulate(plan.counts)), dtype=torch.int32, device=x.device)
-    return plan.combine(stacked(rows, functools.partial(_grouped, ends=ends)))
+        return plan.combine(stacked(rows.view(len(experts), -1, x.shape[1]), _batched).reshape(plan.n_rows, -1))
+    return plan.combine(stacked(rows, functools.partial(_grouped, counts=plan.counts)))
 
 
-def choose_engine(wish: Engine, x: Float[Tensor, "N D"], counts: Sequence[int], slots: int) -> tuple[Engine, str]:
+def choose_engine(wish: Engine, x: Float[Tensor, "N D"], counts: Sequence[int]) -> tuple[Engine, str]:
     """The engine for experts of stacked weights, and why.
 
     Args:
         wish: ``auto`` or ``grouped``.
         x: the tokens.
         counts: rows of each expert.
-        slots: N k, with the empty ones.
     """
     where = f"{str(x.dtype).removeprefix('torch.')} on {x.device.type}"
     grouped = grouped_works(x.device, x.dtype, x.shape[-1])
@@ -220,18 +218,20 @@ def choose_engine(wish: Engine, x: Float[Tensor, "N D"], counts: Sequence[int], 
         return ("grouped", "asked for") if grouped else ("segments", f"torch has no grouped product for {where} and these widths")
     if x.device.type != "cpu":
         return ("grouped", f"one product for all experts, {where}") if grouped else ("segments", f"no grouped product, {where}")
-    few = slots <= MOST_ROWS * len(counts)
-    if few and not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.bfloat16):
-        if len(counts) * max(counts) <= MOST_WASTE * sum(counts):
+    most = max(counts)
+    if most <= ROWS and not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.bfloat16):
+        if most <= MOST_BATCHED[x.dtype] and len(counts) * most <= MOST_WASTE * sum(counts):
             return "bmm", f"few rows for each expert ({where}), and most experts have some: one batched product"
-        return "segments", f"few rows ({where}), and spread so that a buffer for the busiest expert would be mostly empty"
+        if grouped:
+            return "grouped", f"few rows ({where}), of some experts or unequally many: products of all, one activation"
     return "segments", f"each expert's rows and weights fit into caches ({where})"
 
 
-#: ``auto`` takes ``bmm`` up to this mean number of rows of an expert ...
-MOST_ROWS = 32
-#: ... and this number of rows in the buffer for each used one.
-MOST_WASTE = 3
+#: ``auto`` takes ``bmm`` on a CPU, without a graph, up to this number of rows of the busiest expert, beyond which one product for
+#: each expert is faster than the batched one ...
+MOST_BATCHED = {torch.float32: 8, torch.bfloat16: ROWS}
+#: ... and up to this number of rows in the buffer for each used one.
+MOST_WASTE = 2.5
 
 
 def grouped_works(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
@@ -257,10 +257,18 @@ def _log_once(engine: str, reason: str) -> None:
 
 
 def _batched(rows: Tensor, weights: Tensor) -> Tensor:
+    if rows.dtype == torch.float32 and rows.shape[1] <= MOST_BATCHED[torch.float32]:
+        # BLAS reads a weight on the left twice as fast when it meets few columns.
+        return torch.bmm(weights, rows.transpose(1, 2)).transpose(1, 2).contiguous()
     return torch.bmm(rows, weights.transpose(1, 2))
 
 
-def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def _grouped(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    if rows.device.type == "cpu" and rows.dtype == torch.float32 and not torch.is_grad_enabled():
+        # On a CPU torch's product is a loop over the experts as well, without the faster kernels for few rows.
+        segments = zip(rows.split(counts), counts, strict=True)
+        return torch.cat([linear(segment, weights[e]) for e, (segment, count) in enumerate(segments) if count])
+    ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows.device)
     return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
 

@@ -132,18 +132,21 @@ def test_the_buffer_has_room_for_the_busiest_expert_and_no_more():
 
 
 def test_engines_are_chosen_by_shape_with_a_reason_that_is_logged_once(caplog):
-    even, skewed, many = [2] * 8, [16] + [0] * 7, [512] * 8
+    even, skewed, many = [2] * 8, [8] + [0] * 7, [512] * 8
     x = torch.zeros(8, 256)
     with torch.no_grad():
-        assert choose_engine("auto", x, even, 16)[0] == "bmm"
-        assert choose_engine("auto", x.bfloat16(), even, 16)[0] == "bmm"
-        assert choose_engine("auto", x, skewed, 16)[0] == "segments"
-        assert choose_engine("auto", x.double(), even, 16)[0] == "segments"
-        assert choose_engine("auto", x, many, 4096)[0] == "segments"
-    assert choose_engine("auto", x, even, 16)[0] == "segments"
-    assert choose_engine("grouped", x, even, 16)[0] == "grouped"
-    assert choose_engine("grouped", x.double(), even, 16)[0] == "segments"
-    assert choose_engine("grouped", x[:, :255], even, 16)[0] == "segments"
+        assert choose_engine("auto", x, even)[0] == "bmm"
+        assert choose_engine("auto", x.bfloat16(), even)[0] == "bmm"
+        assert choose_engine("auto", x.bfloat16(), [16] * 8)[0] == "bmm"
+        assert choose_engine("auto", x, [16] * 8)[0] == "grouped"
+        assert choose_engine("auto", x, skewed)[0] == "grouped"
+        assert choose_engine("auto", x[:, :255], skewed)[0] == "segments"
+        assert choose_engine("auto", x.double(), even)[0] == "segments"
+        assert choose_engine("auto", x, many)[0] == "segments"
+    assert choose_engine("auto", x, even)[0] == "segments"
+    assert choose_engine("grouped", x, even)[0] == "grouped"
+    assert choose_engine("grouped", x.double(), even)[0] == "segments"
+    assert choose_engine("grouped", x[:, :255], even)[0] == "segments"
     module._log_once.cache_clear()
     w, chosen = routings()["full"]
     _, functions, together = stack()
