@@ -250,7 +250,10 @@ def usage(entry: Entry) -> list[str]:
     lines = [f"from {package} import {entry.cls.__name__}"]
     python, setting = USES.get(entry.slot, (None, None))
     if python:
-        lines += [IMPORTS[python.partition("(")[0]], "", f"model = {python.format(entry.name)}"]
+        python = python.format(entry.name)
+        width = getattr(entry.cls, "example", {}).get("d_model")  # Of a part that does not take every width.
+        python = python if width is None else python.replace("d_model=64", f"d_model={width}")
+        lines += [IMPORTS[python.partition("(")[0]], "", f"model = {python}"]
     out = block("python", lines)
     written = {
         name: parameter.default

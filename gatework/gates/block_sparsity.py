@@ -59,8 +59,9 @@ class _Tensor:
 
 @register("block_sparsity", paper="pfedgate")
 class BlockSparsityGate(Component):
-    """Gates on blocks of another model's weights: ``forward(model, x)`` is the model's output with gated weights.
+    """Gates on blocks of another model's weights, chosen by the batch.
 
+    ``forward(model, x)`` is the model's output with gated weights.
     The gate knows the model's parameters by name and shape and owns none of them: one gate per client, one model for all.
     Rows of linear layers and output channels of convolutions (of one group) whose weights are masked are not computed; they
     hold the bias.

@@ -32,7 +32,7 @@ from gatework.core.registry import register
 class OptFS(Component):
     """Gates on the rows of an embedding table: ``forward(embeddings, ids)``.
 
-    ``embeddings`` (*shape, D) are the rows that ``ids`` (*shape) name, whatever made them; the result is of the same shape
+    ``embeddings (..., D)`` are the rows that ``ids (...)`` name, whatever made them; the result is of the same shape
     and dtype. ``core.advance`` moves beta and, where ``search`` is below 1, hardens the gates when the search is over; from
     then on ``c`` is frozen. :meth:`export` gives the table without the dropped rows.
 
