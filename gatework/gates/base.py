@@ -18,6 +18,8 @@ from gatework.ops.precision import without_autocast
 
 #: Added to the squared mean in the squared coefficient of variation.
 CV_EPS = 1e-10
+#: So many tokens in evaluation are taken for a step of decoding, and not monitored.
+FEW_TOKENS = 16
 
 
 def top_k(scores: Float[Tensor, "N E"], k: int) -> Int[Tensor, "N k"]:
@@ -89,9 +91,10 @@ def monitor(routing: Routing, mask: Bool[Tensor, "N"] | None, training: bool) ->
 
     ``load`` (share of the used slots by expert), ``max_violation`` (largest load over the mean, minus 1), ``dead`` (number of
     experts that nobody chose) and, where the routing has probabilities, their mean ``entropy`` in nats over the real tokens
-    (``mask``). Nothing for a single token outside ``training``, a step of decoding, whose routing costs less than its statistics.
+    (``mask``). Nothing for up to :data:`FEW_TOKENS` outside ``training``, a step of decoding, whose routing costs less than its
+    statistics.
     """
-    if not training and routing.experts.shape[0] == 1:
+    if not training and routing.experts.shape[0] <= FEW_TOKENS:
         return {}
     chosen = routing.counts().to(routing.weights.dtype)
     load = chosen / chosen.sum().clamp(min=1)

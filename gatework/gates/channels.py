@@ -208,7 +208,8 @@ def _gated(model: nn.Module) -> dict[str, nn.Module]:
 def _check_plain(model: nn.Module, concerned: Iterable[nn.Module]) -> None:
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     names = {module: name for name, module in model.named_modules()}
-    for module in concerned:
+    found = set(concerned)
+    for module in (module for module in model.modules() if module in found):
         if parametrize.is_parametrized(module):
             raise PartError(f"{names[module]} is parametrized, and gates fold into plain weights only; weights.fold comes first")
         if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):

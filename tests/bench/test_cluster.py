@@ -51,6 +51,7 @@ def slurm(tmp_path):
     return tmp_path, start
 
 
+@pytest.mark.slow
 def test_the_job_array_runs_a_study(slurm):
     """The workers come first, and wait until the first task has planned the study."""
     folder, start = slurm

@@ -103,6 +103,7 @@ def wait_for(condition, seconds=180):
     return found
 
 
+@pytest.mark.slow
 def test_three_machines_of_which_one_dies(url, tmp_path, monkeypatch):
     """Every trial is in the result exactly once, and the table is that of a single worker."""
     book = b"".join(b"%d times %d is %d\n" % (i % 13, i % 7, (i % 13) * (i % 7)) for i in range(2000))

@@ -217,7 +217,7 @@ def test_every_mixer_and_feedforward_has_its_count_tested():
     tests = Path(__file__).parents[1]
     for entry in entries():
         if entry.slot in ("mixer", "feedforward") and entry.name not in here:
-            text = (tests / entry.family / f"test_{entry.name}.py").read_text(encoding="utf-8")
+            text = (tests / entry.cls.__module__.split(".")[1] / f"test_{entry.name}.py").read_text(encoding="utf-8")
             assert "count_flops" in text or "profile(" in text, f"no test compares the FLOPs of {entry.name} with a formula"
 
 

@@ -26,7 +26,17 @@ def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+#: Those that train for more than a few seconds.
+LONG = ("compare_two.py", "skip_gates.py")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(path, id=path.name, marks=[pytest.mark.slow] * (path.name in LONG))
+        for path in sorted((ROOT / "examples").glob("*.py"))
+    ],
+)
 def test_an_example_runs(script, tmp_path):
     out = run(str(script), *ARGUMENTS.get(script.name, []), folder=tmp_path)
     if script.name == "own_module.py":

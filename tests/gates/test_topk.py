@@ -66,9 +66,11 @@ def test_ties_go_to_the_lower_index(k):
 
 def test_losses_only_in_training():
     g = gate().eval()
-    g(tokens())
+    g(tokens(17))
     assert not losses(g)
     assert set(metrics(g)) == {"load", "entropy", "max_violation", "dead"}
+    g(tokens(16))  # A step of decoding.
+    assert metrics(g) == {}
 
 
 def test_padding_is_routed_nowhere_and_enters_nothing():
