@@ -71,6 +71,8 @@ class VersatileFFN(FeedForward):
         activation: activation of the gate half.
         path: ``both``; ``wide`` and ``deep`` are the ablations (y = x_wide without loops, y = x_depth without slices); ``fixed``
             is the baseline without routers, all ``loops`` for all tokens (y = x_L).
+        init_std: standard deviation of all matrices at the start. The paper's value is for wide models; a narrow one learns faster
+            from about ``0.6 / sqrt(d_model)``, the scale of PyTorch's linear layers.
 
     Side outputs, each of a router that is there: loss ``balance``; metrics ``loops`` (mean n), ``loop_share`` (L: share of the
     tokens with n = 1 ... L), ``expert_share`` (E: share of the slots), all over real tokens; in evaluation only slots of tokens
@@ -79,12 +81,12 @@ class VersatileFFN(FeedForward):
     Call ``gatework.core.advance(model, step, total_steps)`` after each optimizer step: without it the temperature stays at
     ``tau_start``.
 
-    Initialisation: every matrix truncated normal, standard deviation 0.02, cut at 0.06; norm 1.
+    Initialisation: every matrix truncated normal, standard deviation ``init_std``, cut at three times that; norm 1.
 
     Source: arXiv 2512.14531.
 
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError: sizes that do not fit, an init_std that is not positive.
         PartError: ``peft`` adapters on its layers, whose weights are used in slices.
     """
 
@@ -106,8 +108,11 @@ class VersatileFFN(FeedForward):
         tau_floor: float = 0.1,
         activation: Any = "silu",
         path: Literal["both", "wide", "deep", "fixed"] = "both",
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
+        if not init_std > 0:
+            raise ValueError(f"init_std must be positive, got {init_std}")
         if experts < 1 or loops < 1:
             raise ValueError(f"experts and loops must be at least 1, got {experts} and {loops}")
         if not 1 <= k <= experts:
@@ -119,7 +124,7 @@ class VersatileFFN(FeedForward):
             raise ValueError(f"d_ff {d_ff} is not divisible by experts {experts}")
         self.d_model, self.d_ff, self.experts, self.k, self.loops = d_model, d_ff, experts, k, loops
         self.layout, self.balance, self.path = layout, balance, path
-        self.tau_start, self.tau_floor = tau_start, tau_floor
+        self.tau_start, self.tau_floor, self.init_std = tau_start, tau_floor, init_std
         self.norm = nn.RMSNorm(d_model, eps=1e-6)
         self.up = nn.Linear(d_model, 2 * d_ff, bias=False)  # H rows of values, then H rows of gates.
         self.down = nn.Linear(d_ff, d_model, bias=False)
@@ -131,7 +136,7 @@ class VersatileFFN(FeedForward):
         self.depth_router = nn.Linear(d_model, loops, bias=False) if chooses_loops else None
         for layer in (self.up, self.down, self.expert_router, self.depth_router):
             if layer is not None:
-                _start(layer)
+                _start(layer, init_std)
         self.tau: Tensor
         self.register_buffer("tau", torch.tensor(float(tau_start)))
 
@@ -169,7 +174,7 @@ class VersatileFFN(FeedForward):
         with torch.no_grad():
             for router in (new.expert_router, new.depth_router):
                 if router is not None:
-                    _start(router)
+                    _start(router, new.init_std)
             new.norm.weight.fill_(1.0)
             new.up.weight.copy_(torch.cat([up.weight, gate.weight]))
             new.down.weight.copy_(down.weight)
@@ -194,7 +199,7 @@ class VersatileFFN(FeedForward):
     def extra_repr(self) -> str:
         """Shown in the module's ``repr``."""
         shown = f"experts={self.experts}, k={self.k}, loops={self.loops}, layout={self.layout!r}, path={self.path!r}"
-        return f"{shown}, balance={self.balance}, tau_start={self.tau_start}, tau_floor={self.tau_floor}"
+        return f"{shown}, balance={self.balance}, tau_start={self.tau_start}, tau_floor={self.tau_floor}, init_std={self.init_std}"
 
     def forward(
         self,
@@ -355,8 +360,8 @@ class VersatileFFN(FeedForward):
         return self.down.weight.reshape(self.d_model, -1, self.experts).unbind(2)
 
 
-def _start(layer: nn.Linear) -> None:
-    nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.06, b=0.06)
+def _start(layer: nn.Linear, std: float) -> None:
+    nn.init.trunc_normal_(layer.weight, std=std, a=-3 * std, b=3 * std)
 
 
 class _Mixture(torch.autograd.Function):
