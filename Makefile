@@ -17,7 +17,7 @@ compare: $(BASE)
 	$(BIN)/gatework compare --out runs/default
 
 test: $(STAMP) lint
-	$(PYTEST) -n $(WORKERS) -m "not slow and not compile" $(HOOK)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not compile" $(HOOK)
 	$(PYTEST) -n $(WORKERS) -m "compile and not slow"
 	PYTHONPATH=$(OLDEST) $(PYTEST) -n $(WORKERS) -m "oldest and not slow" tests/models tests/surgery
 

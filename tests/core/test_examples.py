@@ -27,7 +27,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 
 #: Those that train for more than a few seconds.
-LONG = ("compare_two.py", "skip_gates.py")
+LONG = ("compare_two.py", "skip_gates.py", "train_hybrid.py")
 
 
 @pytest.mark.parametrize(

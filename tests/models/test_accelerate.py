@@ -68,11 +68,12 @@ def alone(settings: dict) -> tuple[list[float], GateworkForCausalLM]:
     return losses, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
         ("DistributedDataParallel", {"distributed_type": "MULTI_GPU"}),
-        pytest.param("FSDPGateworkForCausalLM", FSDP2, marks=pytest.mark.slow),
+        ("FSDPGateworkForCausalLM", FSDP2),
     ],
     ids=["ddp", "fsdp2"],
 )
