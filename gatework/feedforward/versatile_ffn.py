@@ -71,8 +71,8 @@ class VersatileFFN(FeedForward):
         activation: activation of the gate half.
         path: ``both``; ``wide`` and ``deep`` are the ablations (y = x_wide without loops, y = x_depth without slices); ``fixed``
             is the baseline without routers, all ``loops`` for all tokens (y = x_L).
-        init_std: standard deviation of all matrices at the start. The paper's value is for wide models; a narrow one learns faster
-            from about ``0.6 / sqrt(d_model)``, the scale of PyTorch's linear layers.
+        init_std: standard deviation of all matrices at the start; None is the paper's 0.02, and for models narrower than 900
+            ``0.6 / sqrt(d_model)``, the scale of PyTorch's linear layers: from 0.02 they learn far more slowly.
 
     Side outputs, each of a router that is there: loss ``balance``; metrics ``loops`` (mean n), ``loop_share`` (L: share of the
     tokens with n = 1 ... L), ``expert_share`` (E: share of the slots), all over real tokens; in evaluation only slots of tokens
@@ -108,9 +108,10 @@ class VersatileFFN(FeedForward):
         tau_floor: float = 0.1,
         activation: Any = "silu",
         path: Literal["both", "wide", "deep", "fixed"] = "both",
-        init_std: float = 0.02,
+        init_std: float | None = None,
     ) -> None:
         super().__init__()
+        init_std = max(0.02, 0.6 / math.sqrt(d_model)) if init_std is None else init_std
         if not init_std > 0:
             raise ValueError(f"init_std must be positive, got {init_std}")
         if experts < 1 or loops < 1:

@@ -290,9 +290,9 @@ def test_training_equals_evaluation_when_the_choice_agrees():
 def test_a_tokens_output_does_not_depend_on_the_others():
     m = make().eval()
     x, _ = inputs(30)
-    torch.testing.assert_close(m(x), torch.cat([m(v[None]) for v in x]), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(m(x), torch.cat([m(v[None]) for v in x]), rtol=1e-12, atol=1e-12)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(m(x[order]), m(x)[order], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(m(x[order]), m(x)[order], rtol=1e-12, atol=1e-12)
 
 
 def test_padding_changes_no_real_token_and_no_statistic():
@@ -398,16 +398,16 @@ def test_parameters_are_those_of_a_glu_a_norm_and_two_small_routers():
     ]
 
 
-@pytest.mark.parametrize("std", [0.02, 0.05])
-def test_initialisation(std):
+@pytest.mark.parametrize(("width", "init_std", "std"), [(256, 0.02, 0.02), (256, None, 0.0375), (1024, None, 0.02)])
+def test_initialisation(width, init_std, std):
     torch.manual_seed(0)
-    m = VersatileFFN(256) if std == 0.02 else VersatileFFN(256, init_std=std)
+    m = VersatileFFN(width, init_std=init_std)
     # A normal cut at 3 standard deviations keeps 0.98658 of the spread.
     for layer in (m.up, m.down):
         assert layer.weight.std().item() == pytest.approx(std * 0.98658, rel=0.01)
     for layer in (m.up, m.down, m.expert_router, m.depth_router):
         assert 2 * std < layer.weight.abs().max() <= 3 * std
-    assert torch.equal(m.norm.weight, torch.ones(256))
+    assert torch.equal(m.norm.weight, torch.ones(width))
 
 
 def test_defaults_fit_any_number_of_experts():
