@@ -185,6 +185,9 @@ def run_experts(
         return _run_loop(x, routing, experts)
     if engine == "auto" and x.shape[0] == 1 and not torch.is_grad_enabled():
         return _run_one_token(x, routing, experts)
+    if stacked is not None and _few_of_many(x, routing, engine):
+        _log_once("grouped", "fewer used slots than experts: sorted without counting them here")
+        return _run_few(x, routing, stacked)
     slots = _Keys(routing)
     if stacked is None:
         engine = "segments"
@@ -293,6 +296,27 @@ def _run_one_token(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tens
     outputs = torch.cat([experts[chosen[slot]](x) for slot in used])
     weights = routing.weights if len(used) == len(chosen) else routing.weights[:, used]
     return weights.to(outputs.dtype) @ outputs
+
+
+def _few_of_many(x: Tensor, routing: Routing, engine: Engine) -> bool:
+    """Whether a few tokens in bfloat16 meet many experts, as in decoding, where every step in Python counts."""
+    return (
+        engine in ("auto", "grouped") and not torch.is_grad_enabled() and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        and 0 < 2 * routing.experts.numel() <= routing.n_experts and grouped_works(x.device, x.dtype, x.shape[-1])
+        and bool((routing.weights != 0).all())
+    )  # fmt: skip
+
+
+def _run_few(x: Tensor, routing: Routing, stacked: Stacked) -> Tensor:
+    """``grouped`` for a full routing without a graph: the counts never leave the device."""
+    chosen, k = routing.experts.flatten(), routing.experts.shape[1]
+    order = chosen.argsort(stable=True)
+    ends = torch.bincount(chosen, minlength=routing.n_experts).cumsum(0).to(torch.int32)
+    y = stacked(
+        x.index_select(0, order.div(k, rounding_mode="floor")), lambda rows, w: F.grouped_mm(rows, w.transpose(1, 2), offs=ends)
+    )
+    y = torch.empty_like(y).index_copy_(0, order, y).view(*routing.experts.shape, -1)
+    return torch.bmm(routing.weights.to(y.dtype)[:, None], y)[:, 0]
 
 
 def _sum_slots(y: Tensor, rows: Tensor, full: bool, weights: Tensor | None = None) -> Tensor:

@@ -28,6 +28,8 @@ ROWS = 32
 _LEAST_WORK = 2**22
 #: Elements of a weight that does not stay in the innermost caches.
 _LEAST_WEIGHT = 2**16
+#: Elements of a weight that one row meets faster by BLAS, on one thread.
+_SMALL_WEIGHT = 2**18
 _AVAILABLE = torch.backends.mkldnn.is_available()
 
 
@@ -70,6 +72,8 @@ def linear(x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"]) -> Float[Tenso
 def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """A product with at most :data:`ROWS` rows: few shapes, of which oneDNN soon knows all."""
     if weight.numel() < _LEAST_WEIGHT or x.dtype != torch.float32 or x.device.type != "cpu" or not _onednn():
+        return F.linear(x, weight)
+    if x.shape[0] == 1 and weight.numel() <= _SMALL_WEIGHT:
         return F.linear(x, weight)
     if 2 <= x.shape[0] <= 4:
         return torch.mm(weight, x.t()).t().contiguous()  # BLAS shares out the weight's rows among threads, not the few rows of x.

@@ -120,6 +120,27 @@ def test_the_grouped_product_equals_the_loop(case, dtype, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol={torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype])
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_few_tokens_and_many_experts_in_bfloat16(holes, monkeypatch):
+    """The short way of decoding equals the loop up to bfloat16's rounding; a routing with empty slots takes the usual one."""
+    called, real = [], module._run_few
+    monkeypatch.setattr(module, "_run_few", lambda *args: (called.append(1), real(*args))[1])
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 16, 16, generator=generator).bfloat16() / 4
+    functions = [lambda x, e=e: torch.tanh(x @ weight[e].T) for e in range(40)]
+    x = torch.randn(5, 16, generator=generator).bfloat16()
+    chosen = torch.stack([torch.randperm(40, generator=generator)[:4] for _ in range(5)])
+    w = torch.rand(5, 4, generator=generator) + 0.1
+    w[2, 1] *= not holes
+    with torch.no_grad():
+        routing = Routing(w, chosen, 40)
+        y = run_experts(x, routing, functions, stacked=lambda rows, product: torch.tanh(product(rows, weight)))
+        exact = run_experts(x.float(), routing, [lambda x, e=e: torch.tanh(x @ weight[e].float().T) for e in range(40)], engine="loop")
+    assert y.dtype == torch.bfloat16
+    assert len(called) == (not holes)
+    torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.02)
+
+
 def test_the_buffer_has_room_for_the_busiest_expert_and_no_more():
     w, chosen = routings()["holes"]
     _, functions, together = stack()
