@@ -135,7 +135,8 @@ def test_a_few_tokens_and_many_experts_in_bfloat16(holes, monkeypatch):
     with torch.no_grad():
         routing = Routing(w, chosen, 40)
         y = run_experts(x, routing, functions, stacked=lambda rows, product: torch.tanh(product(rows, weight)))
-        exact = run_experts(x.float(), routing, [lambda x, e=e: torch.tanh(x @ weight[e].float().T) for e in range(40)], engine="loop")
+        wide = [lambda x, e=e: torch.tanh(x @ weight[e].float().T) for e in range(40)]
+        exact = run_experts(x.float(), routing, wide, engine="loop")
     assert y.dtype == torch.bfloat16
     assert len(called) == (not holes)
     torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.02)
