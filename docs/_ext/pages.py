@@ -113,18 +113,25 @@ def studies(folder: Path | None = None) -> dict[str, Comparison]:
     return found
 
 
-def tables(folder: Path | None = None) -> dict[str, list[list[str]]]:
-    """The tables in the ``README.md`` files under ``results/``: rows of cells, the head first, by the name of the folder.
+#: A table's rows of cells, the head first.
+Rows = list[list[str]]
+
+
+def tables(folder: Path | None = None) -> dict[str, list[Rows]]:
+    """The tables in the ``README.md`` files under ``results/``, by the name of the folder.
 
     A folder with a ``report.json`` is a study and not read here.
     """
     folder = folder or ROOT / "results"
     found = {}
     for path in sorted(folder.rglob("README.md")):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if set(line) - set("|-: ")]
-        if rows and not (path.parent / "report.json").is_file():
-            found["-".join(path.parent.relative_to(folder).parts)] = rows
+        blocks = re.findall(r"(?:^\|.*\n?)+", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        read = [
+            [[cell.strip() for cell in line.strip("| ").split("|")] for line in block.splitlines() if set(line) - set("|-: ")]
+            for block in blocks
+        ]
+        if read and not (path.parent / "report.json").is_file():
+            found["-".join(path.parent.relative_to(folder).parts)] = read
     return found
 
 
@@ -173,9 +180,10 @@ def figures(comparison: Comparison, rows: Iterable[Row]) -> list[str]:
     return table(head, cells, "figures")
 
 
-def measured(part: str, kept: dict[str, Comparison], others: dict[str, list[list[str]]], default: bool = True) -> list[str]:
-    """A part's rows in the kept studies, in the other kept tables (where a row's first word, or the folder, is its name) and,
-    while that study is not kept, in the default study as the README shows it; one sentence where there are none."""
+def measured(part: str, kept: dict[str, Comparison], others: dict[str, list[Rows]], default: bool = True) -> list[str]:
+    """A part's rows in the kept studies, in the other kept tables (where a row's first word, or the folder, is its name; the first
+    row of a table is shown with them) and, while that study is not kept, in the default study as the README shows it; one
+    sentence where there are none."""
     out: list[str] = []
     for name, comparison in kept.items():
         rows = [row for row in comparison.rows if row.verdict and holds(row, part)]
@@ -183,11 +191,12 @@ def measured(part: str, kept: dict[str, Comparison], others: dict[str, list[list
             base = next(row for row in comparison.rows if row.verdict is None)
             out += ["", f":doc:`{comparison.title()} </parts/results/{name}>`; {comparison.score_line()}."]
             out += [*figures(comparison, [base, *rows]), comparison.smallest_line(), ""]
-    for name, (head, *rows) in others.items():
-        mine = [row for row in rows if name == part or re.split(r"\W+", row[0])[0] == part]
+    for name, (head, *rows) in ((name, rows) for name, found in others.items() for rows in found):
+        mine = [row for row in rows if name == part or re.findall(r"\w+", row[0])[:1] == [part]]
         if mine:
             out += ["", f":doc:`/parts/results/{name}`:", ""]
-            out += table([escaped(cell) for cell in head], [*(row for row in rows if row[0] in ("base", "baseline")), *mine])
+            shown = mine if rows[0] in mine else [rows[0], *mine]
+            out += table([escaped(cell.replace("`", "``")) for cell in head], [[cell.replace("`", "``") for cell in row] for row in shown])
     settings = DEFAULT_VARIANTS["decoder"]
     if default and "default" not in kept and part in settings:
         above, lines, seen = default_study()
@@ -288,10 +297,24 @@ def source(paper: Paper | None) -> list[str]:
         return ["", "A textbook part without an entry of its own among the :doc:`papers </parts/papers>`.", ""]
     link = f"`{paper.title} <{paper.source}>`__ ({paper.year})"
     return ["", f"{link}; :doc:`all papers </parts/papers>`.", "", "The claim that an experiment can confirm or refute:", "",
-            f"   {paper.claim}", ""]  # fmt: skip
+            f"   {paper.claim}", "", *claimed(paper)]  # fmt: skip
 
 
-def part_page(entry: Entry, kept: dict[str, Comparison], others: dict[str, list[list[str]]], config: Any) -> list[str]:
+def claimed(paper: Paper, folder: Path | None = None) -> list[str]:
+    """What the kept experiment behind the paper's claim found, where there is one."""
+    path = (folder or ROOT / "results" / "claims") / f"{paper.name}.json"
+    if not path.is_file():
+        return []
+    said = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for f in said["findings"]:
+        low, high = f["interval"]
+        rows.append((escaped(f["what"]), escaped(f["predicted"]), f"{f['measured']:.3f}", f"[{low:.3f}, {high:.3f}]", f["verdict"]))
+    found = f"``gatework claims {paper.name}`` measures it; altogether it is **{said['verdict']}**:"
+    return [found, "", *table(("measured", "predicted", "mean", "95% interval", "verdict"), rows, "claim")]
+
+
+def part_page(entry: Entry, kept: dict[str, Comparison], others: dict[str, list[Rows]], config: Any) -> list[str]:
     """A part's page."""
     package = entry.cls.__module__.rpartition(".")[0]
     paper = papers().get(entry.paper or "")

@@ -14,7 +14,9 @@ import pages
 import pytest
 
 from gatework.bench.study import DEFAULT_VARIANTS
+from gatework.claims import Finding, Outcome
 from gatework.core import check, entries
+from gatework.core.papers import papers
 from gatework.core.registry import parameters
 
 ROOT = Path(__file__).parents[2]
@@ -160,13 +162,27 @@ def test_the_page_of_a_kept_study_has_every_variant_and_what_went_wrong(kept):
 
 def test_a_kept_table_is_shown_on_the_pages_of_the_parts_that_its_rows_begin_with(tmp_path):
     (tmp_path / "surgery").mkdir()
-    text = "# Kept\n\n| conversion | loss |\n|---|---:|\n| base | 3.1 |\n| gateskip, budget 0.5 | 3.2 |\n| ternary | 4 |\n\nEnd.\n"
+    text = "# Kept\n\n| conversion | loss |\n|---|---:|\n| base | 3.1 |\n| gateskip, budget 0.5 | 3.2 |\n| ternary | 4 |\n\n"
+    text += "More.\n\n| gate | kept | seen |\n|---|---|---|\n| `topk(k=2)` | 1 | yes |\n| `gateskip` | **2** | no |\n"
     (tmp_path / "surgery" / "README.md").write_text(text, encoding="utf-8")
     others = pages.tables(tmp_path)
-    assert others["surgery"][0] == ["conversion", "loss"]
+    assert others["surgery"][0][0] == ["conversion", "loss"]
     shown = "\n".join(pages.measured("gateskip", {}, others, default=False))
-    assert re.findall(r"^   \* - (.+)$", shown, flags=re.MULTILINE) == ["conversion", "base", "gateskip, budget 0.5"]
+    assert re.findall(r"^   \* - (.+)$", shown, flags=re.MULTILINE) == [
+        "conversion", "base", "gateskip, budget 0.5", "gate", "``topk(k=2)``", "``gateskip``",
+    ]
+    first = "\n".join(pages.measured("topk", {}, others, default=False))
+    assert re.findall(r"^   \* - (.+)$", first, flags=re.MULTILINE) == ["gate", "``topk(k=2)``"]
     assert pages.measured("budget", {}, others) == pages.measured("glu", {}, others) == ["", "No result is kept for this part.", ""]
+
+
+def test_a_kept_claim_is_shown_with_its_findings(tmp_path):
+    assert pages.claimed(papers()["gla"], tmp_path) == []
+    Outcome("gla", "So it is.", (Finding("slope *", "-1/2", -0.512, (-0.55, -0.47), "holds here"),), {}, 1.0).write(tmp_path)
+    shown = "\n".join(pages.claimed(papers()["gla"], tmp_path))
+    assert "``gatework claims gla`` measures it; altogether it is **holds here**" in shown
+    for cell in (r"slope \*", "-1/2", "-0.512", "[-0.550, -0.470]", "holds here"):
+        assert f" - {cell}\n" in shown + "\n"
 
 
 def test_the_default_study_is_read_from_the_readme():
