@@ -196,7 +196,8 @@ def measured(part: str, kept: dict[str, Comparison], others: dict[str, list[Rows
         if mine:
             out += ["", f":doc:`/parts/results/{name}`:", ""]
             shown = mine if rows[0] in mine else [rows[0], *mine]
-            out += table([escaped(cell.replace("`", "``")) for cell in head], [[cell.replace("`", "``") for cell in row] for row in shown])
+            cells = [[cell.replace("`", "``") for cell in row] for row in [head, *shown]]
+            out += table([escaped(cell) for cell in cells[0]], cells[1:])
     settings = DEFAULT_VARIANTS["decoder"]
     if default and "default" not in kept and part in settings:
         above, lines, seen = default_study()
