@@ -22,7 +22,7 @@ SETTINGS = {
     "gated_attention": {"mixer": "gated_attention"},
     "hybrid": {"mixer": "gla, attention"},
     "moe": {"feedforward": "moe(experts=4)"},
-    "versatile_ffn": {"feedforward": "versatile_ffn(experts=4)"},
+    "versatile_ffn": {"feedforward": "versatile_ffn(experts=4, init_std=0.02)"},
     "gateskip": {"depth": "gateskip(budget=0.5)", "mixer": "gla, attention"},
     "recursive": {"depth": "recursive(loops=2, rank=2)"},
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gatework.core import Routing
+from gatework.core.cost import count_flops
 from gatework.ops import dispatch as module
 from gatework.ops.dispatch import ENGINES, choose_engine, dispatch, grouped_works, run_experts, unstack
 from gatework.ops.linear import linear
@@ -281,3 +282,10 @@ def test_gradients_of_products_go_to_their_place_in_every_backward_pass(shape):
     for got in (first, second):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-2)
         assert not got[2:].any()
+
+
+def test_the_probe_for_a_grouped_product_is_not_counted():
+    module._grouped_runs.cache_clear()
+    with count_flops() as count:
+        assert grouped_works(torch.device("cpu"), torch.bfloat16, 16)
+    assert count.total == 0
