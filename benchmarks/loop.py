@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from _timing import interleaved, row
 from torch import Tensor, nn
 
-from gatework.bench.study import DEFAULTS, Variant, define
+from gatework.bench.study import Variant, define
 from gatework.bench.tasks import make_task
 from gatework.bench.tasks.text import Text
 from gatework.bench.trainer import build_learner, build_model, fit
 
 STEPS, REPEATS = 60, 7
 RATE = 3e-3
-BATCH: int = DEFAULTS["text"]["batch_size"]
+BATCH: int = Text.defaults["batch_size"]
 
 
 def model(task: Text, variant: Variant) -> nn.Module:

@@ -57,114 +57,6 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
     },
 }
 
-#: Defaults by task: what is not given in the file or by a flag.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "text": {
-        "tokens": 600_000,
-        "tune_tokens": 150_000,
-        "batch_size": 8,
-        "learning_rates": (1e-3, 2e-2),
-        "baseline": "mixer=attention, feedforward=glu",
-        "model": {"d_model": 64, "layers": 3, "heads": 4},
-    },
-    "recall": {
-        "tokens": 1_000_000,
-        "tune_tokens": 400_000,
-        "batch_size": 32,
-        "learning_rates": (1e-3, 1e-2),
-        "baseline": "mixer=attention, feedforward=glu",
-        "model": {"d_model": 64, "layers": 2, "heads": 2},
-    },
-    "digits": {
-        "tokens": 60_000,
-        "tune_tokens": 30_000,
-        "batch_size": 64,
-        "learning_rates": (5e-4, 2e-2),
-        "baseline": "",
-        "model": {"d_model": 64, "layers": 3},
-        "match": "none",
-    },
-    "federated_digits": {
-        "tokens": 60_000,
-        "tune_tokens": 30_000,
-        "batch_size": 64,
-        "learning_rates": (5e-4, 2e-2),
-        "baseline": "",
-        "model": {"d_model": 64, "layers": 3},
-        "match": "none",
-    },
-    "mnist1d": {
-        "tokens": 200_000,
-        "tune_tokens": 100_000,
-        "batch_size": 64,
-        "learning_rates": (5e-4, 2e-2),
-        "baseline": "",
-        "model": {"d_model": 128, "layers": 3},
-        "match": "none",
-    },
-    "dynamical_systems": {
-        "tokens": 800_000,
-        "tune_tokens": 250_000,
-        "batch_size": 512,
-        "learning_rates": (1e-3, 2e-2),
-        "baseline": "experts=1, d_ff=132",
-        "model": {},
-    },
-    "image_regression": {
-        "tokens": 600_000,
-        "tune_tokens": 200_000,
-        "batch_size": 1024,
-        "learning_rates": (1e-3, 3e-2),
-        "baseline": "experts=1, log2_size=12",
-        "model": {},
-    },
-    "click_through": {
-        "tokens": 400_000,
-        "tune_tokens": 200_000,
-        "batch_size": 128,
-        "learning_rates": (5e-4, 2e-2),
-        "baseline": "",
-        "model": {"d_model": 8, "deep": 1},
-        "match": "none",
-    },
-    "ranking": {
-        "tokens": 400_000,
-        "tune_tokens": 200_000,
-        "batch_size": 128,
-        "learning_rates": (5e-4, 2e-2),
-        "baseline": "",
-        "model": {"d_model": 16, "experts": 8},
-        "match": "none",
-    },
-    "mixture_regression": {
-        "tokens": 150_000,
-        "tune_tokens": 50_000,
-        "batch_size": 64,
-        "learning_rates": (3e-3, 1e-1),
-        "baseline": "gate=topk(k=4)",
-        "model": {"experts": 4},
-        "match": "none",
-    },
-    "multitask_regression": {
-        "tokens": 120_000,
-        "tune_tokens": 60_000,
-        "batch_size": 64,
-        "learning_rates": (1e-3, 5e-2),
-        "baseline": "gate=topk(k=2)",
-        "model": {"d_model": 16, "experts": 8, "d_ff": 16},
-        "match": "none",
-    },
-    "multitask_digits": {
-        "tokens": 60_000,
-        "tune_tokens": 30_000,
-        "batch_size": 64,
-        "learning_rates": (5e-4, 2e-2),
-        "baseline": "gate=topk(k=2)",
-        "model": {"d_model": 16, "experts": 8, "d_ff": 32},
-        "match": "none",
-    },
-}
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -268,9 +160,9 @@ def define(values: Mapping[str, Any]) -> Study:
 
     values = {key: value for key, value in values.items() if value is not None}
     task = _task(values)
-    defaults = DEFAULTS.get(task["name"], DEFAULTS["text"])
     load_imports(values.get("imports", ()))
     loaded = make_task(task["name"], **{key: value for key, value in task.items() if key != "name"})
+    defaults = loaded.defaults
     variants = variant_table(values.get("variants") or DEFAULT_VARIANTS[loaded.backbone])
     tokens = count("tokens", values.get("tokens", defaults["tokens"]))
     tune_tokens = values.get("tune_tokens", max(1, round(tokens * defaults["tune_tokens"] / defaults["tokens"])))

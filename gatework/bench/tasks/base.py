@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from gatework.core.errors import GateworkError
 
 #: Inputs and targets.
 Batch = tuple[Tensor, Tensor]
@@ -23,11 +25,14 @@ class Task(ABC):
 
     ``backbone`` names the model that fits it (one of ``gatework.models.BACKBONES``), ``unit`` what a budget counts ("token" or
     "example"), ``score_name`` the entry of :meth:`evaluate` that is reported, with its ``score_unit`` and direction.
-    ``data_hash`` identifies the data and its split.
+    ``defaults`` is what a study of it takes where nothing is given: ``tokens`` and ``tune_tokens`` (in units of the budget),
+    ``batch_size``, ``learning_rates``, ``baseline``, ``model`` and, where it is not ``params``, ``match``. ``data_hash`` identifies
+    the data and its split.
     """
 
     name: ClassVar[str]
     backbone: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]]
     unit: ClassVar[Literal["token", "example"]]
     score_name: ClassVar[str]
     score_unit: ClassVar[str]
@@ -56,24 +61,17 @@ class Task(ABC):
         """Loss and score of ``predict`` (inputs to outputs) on the fixed examples of a split."""
 
 
-class SupervisedTask(Task):
-    """A classification task whose three splits are tensors in memory; the score is the share of errors."""
+class ExampleTask(Task):
+    """A task whose three splits are tensors in memory, a row per example."""
 
-    backbone = "classifier"
     unit = "example"
-    score_name = "error"
-    score_unit = "share wrong"
     lower_is_better = True
 
     EVALUATION_BATCH: ClassVar[int] = 256
 
-    def __init__(self, splits: dict[str, Batch], classes: int) -> None:
-        self.splits, self.classes = splits, classes
+    def __init__(self, splits: dict[str, Batch]) -> None:
+        self.splits = splits
         self.data_hash = digest(*(tensor for name in ("train", "validation", "test") for tensor in splits[name]))
-
-    def model_arguments(self) -> dict[str, Any]:
-        """Shape of an input and the number of classes."""
-        return {"input_shape": tuple(self.splits["train"][0].shape[1:]), "classes": self.classes}
 
     def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
         """Passes over the training set, each in an order of its own; an incomplete last batch is left out."""
@@ -90,37 +88,47 @@ class SupervisedTask(Task):
         """Examples."""
         return min(batch_size, len(self.splits["train"][0]))
 
+    def outputs(self, predict: Predict, split: Split, max_batches: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``predict`` says of a split's examples (of the first ``max_batches`` batches, where given), in float32: outputs,
+        inputs, targets."""
+        x, y = self.splits[split]
+        pieces = x.split(self.EVALUATION_BATCH)[:max_batches]
+        output = torch.cat([predict(piece).float() for piece in pieces])
+        return output, x[: len(output)], y[: len(output)]
+
+
+class SupervisedTask(ExampleTask):
+    """A classification task; the score is the share of errors."""
+
+    backbone = "classifier"
+    score_name = "error"
+    score_unit = "share wrong"
+
+    def __init__(self, splits: dict[str, Batch], classes: int) -> None:
+        super().__init__(splits)
+        self.classes = classes
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Shape of an input and the number of classes."""
+        return {"input_shape": tuple(self.splits["train"][0].shape[1:]), "classes": self.classes}
+
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """Mean cross-entropy."""
         return torch.nn.functional.cross_entropy(output.float(), y)
 
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
         """``loss`` (cross-entropy in nats), ``accuracy`` and ``error`` (shares)."""
-        x, y = self.splits[split]
-        total, right, count = 0.0, 0, 0
-        for index, start in enumerate(range(0, len(x), self.EVALUATION_BATCH)):
-            if max_batches is not None and index >= max_batches:
-                break
-            inputs, targets = x[start : start + self.EVALUATION_BATCH], y[start : start + self.EVALUATION_BATCH]
-            output = predict(inputs).float()
-            total += float(torch.nn.functional.cross_entropy(output, targets, reduction="sum"))
-            right += int((output.argmax(-1) == targets).sum())
-            count += len(inputs)
-        return {"loss": total / count, "accuracy": right / count, "error": 1 - right / count}
+        output, _, y = self.outputs(predict, split, max_batches)
+        right = int((output.argmax(-1) == y).sum()) / len(y)
+        loss = float(torch.nn.functional.cross_entropy(output.double(), y))
+        return {"loss": loss, "accuracy": right, "error": 1 - right}
 
 
-class RegressionTask(SupervisedTask):
-    """A regression task whose three splits are tensors in memory; the score is the mean squared error over all outputs."""
+class RegressionTask(ExampleTask):
+    """A regression task; the score is the mean squared error over all outputs."""
 
     score_name = "mse"
     score_unit = "mean squared error"
-
-    def __init__(self, splits: dict[str, Batch]) -> None:
-        super().__init__(splits, classes=0)
-
-    @abstractmethod
-    def model_arguments(self) -> dict[str, Any]:
-        """What the model must be built with to fit the data."""
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """Mean squared error."""
@@ -128,14 +136,51 @@ class RegressionTask(SupervisedTask):
 
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
         """``mse``, and the same as ``loss``."""
-        x, y = self.splits[split]
-        rows = len(x) if max_batches is None else min(len(x), max_batches * self.EVALUATION_BATCH)
-        total = 0.0
-        for start in range(0, rows, self.EVALUATION_BATCH):
-            chosen = slice(start, min(start + self.EVALUATION_BATCH, rows))
-            total += float((predict(x[chosen]).float() - y[chosen]).square().double().sum())
-        mse = total / (rows * y[0].numel())
+        output, _, y = self.outputs(predict, split, max_batches)
+        mse = float((output - y).square().double().mean())
         return {"loss": mse, "mse": mse}
+
+
+class ClickTask(ExampleTask):
+    """A task of yes or no, whose score is 1 - AUC, the chance that a no is ranked above a yes.
+
+    Raises:
+        GateworkError: if scikit-learn, which computes the AUC, is not installed.
+    """
+
+    score_name = "auc_error"
+    score_unit = "1 - AUC"
+
+    EVALUATION_BATCH = 1024
+
+    def __init__(self, splits: dict[str, Batch]) -> None:
+        super().__init__(splits)
+        _roc_auc_score()  # Missing now rather than at the first evaluation.
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """Mean binary cross-entropy of logits."""
+        return torch.nn.functional.binary_cross_entropy_with_logits(output.float(), y)
+
+    def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
+        """``loss`` (cross-entropy in nats), ``auc`` and ``auc_error`` (1 - AUC)."""
+        output, _, y = self.outputs(predict, split, max_batches)
+        found = auc(output, y)
+        return {"loss": float(self.loss(output, y)), "auc": found, "auc_error": 1 - found}
+
+
+def auc(output: Tensor, y: Tensor) -> float:
+    """The area under the ROC curve; NaN for outputs that are not finite, and where all labels are equal."""
+    if not output.isfinite().all() or not 0 < float(y.sum()) < len(y):
+        return float("nan")
+    return float(_roc_auc_score()(y.numpy(), output.numpy()))
+
+
+def _roc_auc_score() -> Any:
+    try:
+        from sklearn.metrics import roc_auc_score
+    except ImportError:
+        raise GateworkError('tasks that are scored by AUC need scikit-learn: pip install "gatework[bench]"') from None
+    return roc_auc_score
 
 
 def digest(*tensors: Tensor) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from gatework.bench.tasks.base import Batch, Predict, Split, Task, digest
+from gatework.bench.tasks.base import ClickTask
 from gatework.core.errors import GateworkError
 
 
-class ClickThrough(Task):
+class ClickThrough(ClickTask):
     """Binary labels from first- and second-order effects of categorical values; the score is 1 - AUC.
 
     Every example has one value per field; values are drawn with probabilities proportional to 1 / rank, so that most are rare.
@@ -37,21 +36,21 @@ class ClickThrough(Task):
 
     name = "click_through"
     backbone = "click_through"
-    unit = "example"
-    score_name = "auc_error"
-    score_unit = "1 - AUC"
-    lower_is_better = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 400_000,
+        "tune_tokens": 200_000,
+        "batch_size": 128,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "",
+        "model": {"d_model": 8, "deep": 1},
+        "match": "none",
+    }
 
-    EVALUATION_BATCH = 1024
     RANK = 4
 
     def __init__(
         self, fields: int = 12, values: int = 100, examples: int = 20_000, effect: float = 2.0, data_seed: int = 0
     ) -> None:
-        try:
-            import sklearn.metrics  # noqa: F401
-        except ImportError:
-            raise GateworkError('click_through needs scikit-learn: pip install "gatework[bench]"') from None
         if fields < 4 or fields % 2 or values < 2 or values % 2:
             raise GateworkError(f"fields must be even and at least 4, values even and at least 2, got {fields} and {values}")
         if examples < 100 or not effect > 0:
@@ -78,38 +77,8 @@ class ClickThrough(Task):
         logit = share * (first - first.mean()) / first.std() + share * (second - second.mean()) / second.std() - 1
         y = torch.bernoulli(logit.sigmoid(), generator=generator)
         pieces = zip(x.split(list(sizes.values())), y.split(list(sizes.values())), strict=True)
-        self.splits = dict(zip(sizes, pieces, strict=True))
-        self.data_hash = digest(*(tensor for split in self.splits.values() for tensor in split))
+        super().__init__(dict(zip(sizes, pieces, strict=True)))
 
     def model_arguments(self) -> dict[str, Any]:
         """Rows of the table and fields."""
         return {"features": self.fields * self.values, "fields": self.fields}
-
-    def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
-        """Passes over the training set, each in an order of its own; an incomplete last batch is left out."""
-        x, y = self.splits["train"]
-        size = min(batch_size, len(x))
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            for chosen in torch.randperm(len(x), generator=generator).split(size):
-                if len(chosen) == size:
-                    yield x[chosen], y[chosen]
-
-    def units_per_batch(self, batch_size: int) -> int:
-        """Examples."""
-        return min(batch_size, len(self.splits["train"][0]))
-
-    def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Mean binary cross-entropy of logits."""
-        return torch.nn.functional.binary_cross_entropy_with_logits(output.float(), y)
-
-    def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
-        """``loss`` (cross-entropy in nats), ``auc`` and ``auc_error`` (1 - AUC)."""
-        from sklearn.metrics import roc_auc_score
-
-        x, y = self.splits[split]
-        pieces = x.split(self.EVALUATION_BATCH)[:max_batches]
-        output = torch.cat([predict(piece).float() for piece in pieces])
-        y = y[: len(output)]
-        auc = float(roc_auc_score(y.numpy(), output.numpy())) if output.isfinite().all() else float("nan")
-        return {"loss": float(self.loss(output, y)), "auc": auc, "auc_error": 1 - auc}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 
 from gatework.bench.tasks.base import SupervisedTask
@@ -19,6 +22,15 @@ class Digits(SupervisedTask):
     """
 
     name = "digits"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 60_000,
+        "tune_tokens": 30_000,
+        "batch_size": 64,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "",
+        "model": {"d_model": 64, "layers": 3},
+        "match": "none",
+    }
 
     def __init__(self, split_seed: int = 0) -> None:
         try:

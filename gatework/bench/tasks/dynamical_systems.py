@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -77,6 +77,14 @@ class DynamicalSystems(RegressionTask):
     name = "dynamical_systems"
     backbone = "environments"
     EVALUATION_BATCH = 4096
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 800_000,
+        "tune_tokens": 250_000,
+        "batch_size": 512,
+        "learning_rates": (1e-3, 2e-2),
+        "baseline": "experts=1, d_ff=132",
+        "model": {},
+    }
 
     def __init__(self, families: int = 4, systems: int = 8, trajectories: int = 4, seed: int = 0) -> None:
         if not 1 <= families <= len(FAMILIES) or min(systems, trajectories) < 1:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from gatework.bench.tasks.base import Batch, Predict, Split, SupervisedTask
+from gatework.bench.tasks.digits import Digits
 from gatework.core.errors import GateworkError
 
 
@@ -30,6 +31,7 @@ class FederatedDigits(SupervisedTask):
     """
 
     name = "federated_digits"
+    defaults = Digits.defaults
 
     LEAST = 40
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,6 +39,14 @@ class ImageRegression(RegressionTask):
     name = "image_regression"
     backbone = "coordinates"
     EVALUATION_BATCH = 4096
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 600_000,
+        "tune_tokens": 200_000,
+        "batch_size": 1024,
+        "learning_rates": (1e-3, 3e-2),
+        "baseline": "experts=1, log2_size=12",
+        "model": {},
+    }
 
     def __init__(self, side: int = 256, square: int = 6, seed: int = 0) -> None:
         if side < 8 or side % 2 or not 1 <= square <= side // 2:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gatework.bench.tasks.base import Predict, Split, SupervisedTask
+from gatework.bench.tasks.base import ExampleTask, Predict, Split
 from gatework.core.errors import GateworkError
 from gatework.experts.gaussian_moe import GaussianMoE
 from gatework.models.mixture import log_density
 
 
-class MixtureRegression(SupervisedTask):
+class MixtureRegression(ExampleTask):
     """y given x from a true mixture of linear Gaussian experts with a softmax gate; 4,096 train, 1,024 validate, 4,096 test.
 
     x is uniform in [-1, 1]^inputs. The gate's weights are normal with standard deviation 3, its biases 0.5, the experts' slopes
@@ -34,6 +35,15 @@ class MixtureRegression(SupervisedTask):
     backbone = "mixture"
     score_name = "excess"
     score_unit = "nats above the truth"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 150_000,
+        "tune_tokens": 50_000,
+        "batch_size": 64,
+        "learning_rates": (3e-3, 1e-1),
+        "baseline": "gate=topk(k=4)",
+        "model": {"experts": 4},
+        "match": "none",
+    }
 
     SIZES = {"train": 4096, "validation": 1024, "test": 4096}
 
@@ -60,7 +70,7 @@ class MixtureRegression(SupervisedTask):
                 name: float(value.mean()) for name, value in zip(self.SIZES, self.truth(x, y).split(sizes), strict=True)
             }
         parts = zip(self.SIZES, x.float().split(sizes), y.float().split(sizes), strict=True)
-        super().__init__({name: (a, b) for name, a, b in parts}, classes=0)
+        super().__init__({name: (a, b) for name, a, b in parts})
 
     def model_arguments(self) -> dict[str, Any]:
         """Width of an example."""
@@ -72,10 +82,8 @@ class MixtureRegression(SupervisedTask):
 
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
         """``loss`` (mean negative log-density in nats) and ``excess``, how much of it the truth would not have."""
-        x, y = self.splits[split]
-        count = len(x) if max_batches is None else min(len(x), max_batches * self.EVALUATION_BATCH)
-        pieces = zip(x[:count].split(self.EVALUATION_BATCH), y[:count].split(self.EVALUATION_BATCH), strict=True)
-        total = sum(float(log_density(predict(inputs).double(), targets.double()).sum()) for inputs, targets in pieces)
+        output, x, y = self.outputs(predict, split, max_batches)
+        mean = float(log_density(output.double(), y.double()).mean())
         with torch.no_grad():
-            best = self.best[split] if count == len(x) else float(self.truth(x[:count].double(), y[:count].double()).mean())
-        return {"loss": -total / count, "excess": best - total / count}
+            best = self.best[split] if len(x) == len(self.splits[split][0]) else float(self.truth(x.double(), y.double()).mean())
+        return {"loss": -mean, "excess": best - mean}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import numpy as np
 import torch
 
@@ -20,6 +23,15 @@ class MNIST1D(SupervisedTask):
     """
 
     name = "mnist1d"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 200_000,
+        "tune_tokens": 100_000,
+        "batch_size": 64,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "",
+        "model": {"d_model": 128, "layers": 3},
+        "match": "none",
+    }
 
     def __init__(self) -> None:
         try:

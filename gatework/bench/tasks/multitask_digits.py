@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,15 @@ class MultitaskDigits(Digits):
 
     name = "multitask_digits"
     backbone = "multitask"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 60_000,
+        "tune_tokens": 30_000,
+        "batch_size": 64,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "gate=topk(k=2)",
+        "model": {"d_model": 16, "experts": 8, "d_ff": 32},
+        "match": "none",
+    }
 
     #: Question by question the answer for each digit from 0 to 9.
     ANSWERS: ClassVar[dict[str, list[int]]] = {
@@ -52,9 +62,7 @@ class MultitaskDigits(Digits):
 
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
         """``loss`` (cross-entropy in nats), ``accuracy`` and ``error`` (shares), means over the questions."""
-        x, y = self.splits[split]
-        rows = len(x) if max_batches is None else min(len(x), max_batches * self.EVALUATION_BATCH)
-        output = torch.cat([predict(piece) for piece in x[:rows].split(self.EVALUATION_BATCH)]).float()
+        output, _, y = self.outputs(predict, split, max_batches)
         answers = torch.stack([own.argmax(1) for own in output.split(self.widths, 1)], 1)
-        right = float((answers == y[:rows]).double().mean())
-        return {"loss": float(self.loss(output, y[:rows])), "accuracy": right, "error": 1 - right}
+        right = float((answers == y).double().mean())
+        return {"loss": float(self.loss(output, y)), "accuracy": right, "error": 1 - right}

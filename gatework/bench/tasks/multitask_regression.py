@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -36,6 +37,15 @@ class MultitaskRegression(RegressionTask):
 
     name = "multitask_regression"
     backbone = "multitask"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 120_000,
+        "tune_tokens": 60_000,
+        "batch_size": 64,
+        "learning_rates": (1e-3, 5e-2),
+        "baseline": "gate=topk(k=2)",
+        "model": {"d_model": 16, "experts": 8, "d_ff": 16},
+        "match": "none",
+    }
 
     FEATURES = 16
     SIZES = {"train": 4096, "validation": 1024, "test": 2048}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from gatework.bench.tasks.base import Batch, Predict, Split, Task, digest
+from gatework.bench.tasks.base import ClickTask, Predict, Split, auc
 from gatework.core.errors import GateworkError
 
 
-class Ranking(Task):
+class Ranking(ClickTask):
     """Clicks of users of hidden types on pairs of a query and an item; the score is 1 - AUC.
 
     Items and queries have hidden vectors a_i, c_q ~ N(0, I) of length 4. Each user type t has a matrix W_t and a vector u_t of such
@@ -40,12 +39,16 @@ class Ranking(Task):
 
     name = "ranking"
     backbone = "ranker"
-    unit = "example"
-    score_name = "auc_error"
-    score_unit = "1 - AUC"
-    lower_is_better = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 400_000,
+        "tune_tokens": 200_000,
+        "batch_size": 128,
+        "learning_rates": (5e-4, 2e-2),
+        "baseline": "",
+        "model": {"d_model": 16, "experts": 8},
+        "match": "none",
+    }
 
-    EVALUATION_BATCH = 1024
     WIDTH = 4
 
     def __init__(
@@ -58,10 +61,6 @@ class Ranking(Task):
         effect: float = 3.0,
         data_seed: int = 0,
     ) -> None:
-        try:
-            import sklearn.metrics  # noqa: F401
-        except ImportError:
-            raise GateworkError('ranking needs scikit-learn: pip install "gatework[bench]"') from None
         if min(items, queries, types) < 2 or history < 2:
             raise GateworkError(f"items, queries, types and history must be at least 2, got {items}, {queries}, {types}, {history}")
         if examples < 100 or not effect > 0:
@@ -84,48 +83,19 @@ class Ranking(Task):
         y = torch.bernoulli(self.logits.sigmoid(), generator=generator)
         x = torch.cat([query[:, None], item[:, None] + 1, past], 1)
         pieces = zip(x.split(list(sizes.values())), y.split(list(sizes.values())), strict=True)
-        self.splits = dict(zip(sizes, pieces, strict=True))
-        self.data_hash = digest(*(tensor for split in self.splits.values() for tensor in split))
+        super().__init__(dict(zip(sizes, pieces, strict=True)))
 
     def model_arguments(self) -> dict[str, Any]:
         """Numbers of items and queries, and the longest history."""
         return {"items": self.items, "queries": self.queries, "history": self.history}
 
-    def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
-        """Passes over the training set, each in an order of its own; an incomplete last batch is left out."""
-        x, y = self.splits["train"]
-        size = min(batch_size, len(x))
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            for chosen in torch.randperm(len(x), generator=generator).split(size):
-                if len(chosen) == size:
-                    yield x[chosen], y[chosen]
-
-    def units_per_batch(self, batch_size: int) -> int:
-        """Examples."""
-        return min(batch_size, len(self.splits["train"][0]))
-
-    def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Mean binary cross-entropy of logits."""
-        return torch.nn.functional.binary_cross_entropy_with_logits(output.float(), y)
-
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
         """``loss`` (cross-entropy in nats), ``auc`` and ``auc_error`` (1 - AUC) over all, and the AUC by length of the history:
         ``auc_empty``, ``auc_short`` (up to a quarter of the longest), ``auc_long`` (the rest); NaN where all labels are equal."""
-        x, y = self.splits[split]
-        output = torch.cat([predict(piece).float() for piece in x.split(self.EVALUATION_BATCH)[:max_batches]])
-        x, y = x[: len(output)], y[: len(output)]
+        output, x, y = self.outputs(predict, split, max_batches)
         length = (x[:, 2:] != 0).sum(1)
         short = max(1, self.history // 4)
         groups = {"empty": length == 0, "short": (length > 0) & (length <= short), "long": length > short}
-        by_length = {f"auc_{name}": _auc(output[rows], y[rows]) for name, rows in groups.items()}
-        auc = _auc(output, y)
-        return {"loss": float(self.loss(output, y)), "auc": auc, "auc_error": 1 - auc} | by_length
-
-
-def _auc(output: Tensor, y: Tensor) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    if not output.isfinite().all() or not 0 < float(y.sum()) < len(y):
-        return float("nan")
-    return float(roc_auc_score(y.numpy(), output.numpy()))
+        found = auc(output, y)
+        said = {"loss": float(self.loss(output, y)), "auc": found, "auc_error": 1 - found}
+        return said | {f"auc_{name}": auc(output[rows], y[rows]) for name, rows in groups.items()}

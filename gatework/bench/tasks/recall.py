@@ -5,8 +5,8 @@ The generator follows the released code, with the differences that :class:`Recal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ class Recall(Task):
     score_name = "error"
     score_unit = "share wrong"
     lower_is_better = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 1_000_000,
+        "tune_tokens": 400_000,
+        "batch_size": 32,
+        "learning_rates": (1e-3, 1e-2),
+        "baseline": "mixer=attention, feedforward=glu",
+        "model": {"d_model": 64, "layers": 2, "heads": 2},
+    }
 
     EVALUATION_ROWS = 512
     EVALUATION_BATCH = 64

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,6 +38,14 @@ class Text(Task):
     score_name = "loss"
     score_unit = "nats per byte"
     lower_is_better = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "tokens": 600_000,
+        "tune_tokens": 150_000,
+        "batch_size": 8,
+        "learning_rates": (1e-3, 2e-2),
+        "baseline": "mixer=attention, feedforward=glu",
+        "model": {"d_model": 64, "layers": 3, "heads": 4},
+    }
 
     VOCAB_SIZE = 256
     SHARES = (0.90, 0.95)
