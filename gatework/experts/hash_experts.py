@@ -86,7 +86,5 @@ class HeterogeneousHashExperts(Component):
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
         """Features of N points."""
         routing = self.gate(x)
-        if not len(x):
-            return x.new_zeros(0, self.features) + 0 * x.sum()
         experts: list[Any] = list(self.experts)
-        return run_experts(x, routing, experts)
+        return run_experts(x, routing, experts, width=self.features)

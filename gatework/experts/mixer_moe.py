@@ -137,12 +137,10 @@ class MixERLayer(Component):
         if len(x) and not 0 <= int(environment.min()) <= int(environment.max()) < environments:
             seen = f"{int(environment.min())} to {int(environment.max())}"
             raise PartError(f"there are contexts for the environments 0 to {environments - 1}, and the input is from {seen}")
-        if not len(x):
-            return x.new_zeros(0, self.d_out) + 0 * x.sum()
         routing = self.route(self.contexts)
         rows = Routing(routing.weights[environment], routing.experts[environment], len(self.experts))
         seen_by = torch.cat([x, self.contexts[environment].to(x.dtype)], 1)
-        return run_experts(seen_by, rows, [self._expert(e) for e in range(len(self.experts))])
+        return run_experts(seen_by, rows, [self._expert(e) for e in range(len(self.experts))], width=self.d_out)
 
     def _expert(self, e: int) -> Callable[[Tensor], Tensor]:
         if not self.split_context:

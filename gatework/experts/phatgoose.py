@@ -95,7 +95,7 @@ class Phatgoose(Component):
             dtype = torch.promote_types(u.dtype, self.a.dtype)
         with without_autocast(u.device):
             factors = zip(unstack(self.a.to(dtype)), unstack(self.b.to(dtype)), strict=True)
-            update = run_experts(tokens.to(dtype), routing, [partial(_low_rank, a, b) for a, b in factors])
+            update = run_experts(tokens.to(dtype), routing, [partial(_low_rank, a, b) for a, b in factors], width=self.b.shape[1])
         if (self.training or len(tokens) > 1) and not in_backward():
             load = torch.bincount(routing.experts.flatten(), minlength=len(self.v)) / max(routing.experts.numel(), 1)
             self.metrics = {"load": load}

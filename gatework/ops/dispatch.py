@@ -162,6 +162,7 @@ def run_experts(
     align: int = 1,
     engine: Engine = "auto",
     stacked: Stacked | None = None,
+    width: int | None = None,
 ) -> Float[Tensor, "N D2"]:
     """Run experts of any kind: ``y_n = sum_j weights[n, j] experts[experts[n, j]](x_n)``.
 
@@ -173,19 +174,23 @@ def run_experts(
             are thrown away (for experts that treat each row alone, where their kernels gain from it).
         engine: see the module; ``grouped`` and ``bmm`` need ``stacked``.
         stacked: the same experts over stacked weights, where they have such.
+        width: D2, for the zeros of a routing without used slots, which asks no expert; None is D.
 
     Raises:
-        ValueError: if the number of experts is not the routing's, and for an engine that needs stacked weights where there
-            are none.
+        ValueError: if the number of experts or of tokens is not the routing's, and for an engine that needs stacked weights
+            where there are none.
     """
+    if len(routing.experts) != len(x):
+        raise ValueError(f"the routing is for {len(routing.experts)} tokens, {len(x)} were given")
     if len(experts) != routing.n_experts:
         raise ValueError(f"the routing chooses among {routing.n_experts} experts, {len(experts)} were given")
     if stacked is None and engine in ("grouped", "bmm"):
         raise ValueError(f"the engine {engine!r} needs experts of stacked weights; modules run by 'loop' or 'segments'")
+    width = x.shape[1] if width is None else width
     if engine == "loop":
-        return _run_loop(x, routing, experts)
+        return _run_loop(x, routing, experts, width)
     if engine == "auto" and x.shape[0] == 1 and not torch.is_grad_enabled():
-        return _run_one_token(x, routing, experts)
+        return _run_one_token(x, routing, experts, width)
     if stacked is not None and _few_of_many(x, routing, engine):
         _log_once("grouped", "fewer used slots than experts: sorted without counting them here")
         return _run_few(x, routing, stacked)
@@ -196,7 +201,7 @@ def run_experts(
         engine, reason = choose_engine(engine, x, slots.counts)
         _log_once(engine, reason)
     if not any(slots.counts):
-        return x.new_zeros(x.shape) + 0 * x
+        return _nobody(x, width)
     plan = _sort(routing, slots, align if engine == "segments" else 1, engine == "bmm")
     rows = plan.gather(x)
     if engine == "segments" or stacked is None:
@@ -277,7 +282,12 @@ def _grouped(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
 
-def _run_loop(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+def _nobody(x: Tensor, width: int) -> Tensor:
+    """The output where no slot is used: zeros that x has a gradient through, whatever it holds."""
+    return x.new_zeros(len(x), width) + x[:0].sum()
+
+
+def _run_loop(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]], width: int) -> Tensor:
     """The reference: every expert looks for its tokens among all, and adds to their outputs."""
     y = None
     for e, expert in enumerate(experts):
@@ -286,15 +296,15 @@ def _run_loop(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tensor], 
             rows = expert(x[tokens])
             rows = rows * routing.weights[tokens, slots, None].to(rows.dtype)
             y = (rows.new_zeros(len(x), rows.shape[1]) if y is None else y).index_add(0, tokens, rows)
-    return x.new_zeros(x.shape) + 0 * x if y is None else y
+    return _nobody(x, width) if y is None else y
 
 
-def _run_one_token(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+def _run_one_token(x: Tensor, routing: Routing, experts: Sequence[Callable[[Tensor], Tensor]], width: int) -> Tensor:
     """The same for a single token without a graph, as in decoding: nothing to sort."""
     chosen = routing.experts[0].tolist()
     used = [slot for slot, weight in enumerate(routing.weights[0].tolist()) if weight != 0]
     if not used:
-        return torch.zeros_like(x)
+        return _nobody(x, width)
     outputs = torch.cat([experts[chosen[slot]](x) for slot in used])
     weights = routing.weights if len(used) == len(chosen) else routing.weights[:, used]
     return weights.to(outputs.dtype) @ outputs

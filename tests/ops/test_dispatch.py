@@ -227,6 +227,22 @@ def test_one_token_without_a_graph(w):
     assert called == [e for e, weight in zip((3, 1), w[0], strict=True) if weight]
 
 
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_a_used_slot_nobody_runs_and_the_output_is_as_wide_as_the_experts_and_0(engine, n):
+    def nobody(*args):
+        raise AssertionError
+
+    routing = Routing(torch.zeros(n, 2, dtype=torch.float64), torch.tensor([[0, 1]]).repeat(n, 1), E)
+    x = torch.full((n, D), float("nan"), dtype=torch.float64, requires_grad=True)  # As padding may be.
+    for width in (None, 3):
+        y = run_experts(x, routing, [nobody] * E, engine=engine, stacked=nobody, width=width)
+        assert torch.equal(y, torch.zeros(n, width or D, dtype=torch.float64))
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.zeros_like(x))
+        with torch.no_grad():
+            assert torch.equal(run_experts(x, routing, [nobody] * E, engine=engine, stacked=nobody, width=width), y)
+
+
 def test_no_tokens():
     _, functions = experts()
     x = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
@@ -248,6 +264,8 @@ def test_permuted_tokens_permute_the_output_and_two_calls_agree_bitwise():
 def test_the_number_of_experts_is_checked():
     with pytest.raises(ValueError, match="chooses among 4 experts, 1 were given"):
         run_experts(torch.zeros(1, D), Routing(torch.ones(1, 1), torch.zeros(1, 1).long(), E), [lambda x: x])
+    with pytest.raises(ValueError, match="the routing is for 1 tokens, 2 were given"):
+        run_experts(torch.zeros(2, D), Routing(torch.ones(1, 1), torch.zeros(1, 1).long(), 1), [lambda x: x])
 
 
 def test_an_engine_has_what_it_needs():
