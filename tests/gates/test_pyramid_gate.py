@@ -6,48 +6,22 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from gatework.core import PartError
 from gatework.gates import PyramidGate
 
-C = 8
-EXACT = {"rtol": 0, "atol": 1e-12}
+from .two_streams import EXACT, C, mapped, normed, sigmoid, silu, with_odd_norms
 
 
 def made(tokens=False, train=False, **settings):
     torch.manual_seed(0)
-    part = PyramidGate(C, tokens=tokens, **settings).double()
-    for module in part.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.3)
-            module.running_var.uniform_(0.5, 2)
-        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
-            nn.init.normal_(module.weight, 1, 0.3)
-            nn.init.normal_(module.bias, 0, 0.3)
-    return part.train(train)
+    return with_odd_norms(PyramidGate(C, tokens=tokens, **settings), train)
 
 
 def level(tokens=False, size=(4, 3), finer=(8, 6), batch=3):
     generator = torch.Generator().manual_seed(1)
     shapes = [(batch, 5, C)] * 2 + [(batch, 5, C // 2)] * 2 if tokens else [(batch, C, *size)] * 2 + [(batch, C // 2, *finer)] * 2
     return [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
-
-
-def mapped(layer, x):
-    y = x @ layer.weight.reshape(layer.weight.shape[0], -1).T
-    return y if layer.bias is None else y + layer.bias
-
-
-def normed(layer, x, train):
-    if isinstance(layer, nn.LayerNorm):
-        mean, var = x.mean(-1, keepdim=True), ((x - x.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True)
-    elif train:
-        flat = x.reshape(-1, x.shape[-1])
-        mean, var = flat.mean(0), ((flat - flat.mean(0)) ** 2).mean(0)
-    else:
-        mean, var = layer.running_mean, layer.running_var
-    return (x - mean) / torch.sqrt(var + layer.eps) * layer.weight + layer.bias
 
 
 def strided(layer, x):
@@ -70,7 +44,7 @@ def pieces(part, a, b, before_a, before_b):
     first, norm, _, last = part.spatial
     h = (mapped if tokens else strided)(first, torch.cat([before_a, before_b], -1))
     h = normed(norm, h, train)
-    s = 1 / (1 + torch.exp(-mapped(last, h / (1 + torch.exp(-h)))))
+    s = sigmoid(mapped(last, silu(h)))
     if not tokens and s.shape[1:3] != a.shape[1:3]:  # The nearest position.
         rows = [i * s.shape[1] // a.shape[1] for i in range(a.shape[1])]
         columns = [j * s.shape[2] // a.shape[2] for j in range(a.shape[2])]
