@@ -201,19 +201,20 @@ def _check_value(part: str, name: str, value: Any, hint: Any, slot: str | None) 
     if slot is not None:
         options = _options(hint)
         plain = [option for option in options if typing.get_origin(option) is not list]
-        if isinstance(value, list | tuple) and len(plain) < len(options):
-            return [_check_value(part, name, item, Any, slot) for item in value]
-        if Any not in options and len(plain) < len(options) and not any(_fits(value, option) for option in plain):
-            wanted = " or ".join(map(_describe, plain))
-            raise PartError(f"{part}: {name} must be {wanted} or a list of {slot} parts, got {show(value)}")
+        if len(plain) < len(options):  # A list of parts will do.
+            if isinstance(value, list | tuple):
+                return [_check_value(part, name, item, Any, slot) for item in value]
+            if Any not in plain:  # A part alone will not, as in ``moe(experts=8)``.
+                if _fits(value, hint):
+                    return value
+                wanted = " or ".join([*map(_describe, plain), f"a list of {slot} parts"])
+                raise PartError(f"{part}: {name} must be {wanted}, got {show(value)}")
         if isinstance(value, str):
             value = parse(value)
         if isinstance(value, Spec):
             return check(value, slot)
         if value is None:
             return None
-        if Any not in options and not isinstance(value, list) and _fits(value, hint):
-            return value  # Where not only a part will do, as in ``moe(experts=8)``.
         raise PartError(f"{part}: {name} is {_a(slot)} part such as {name}={entries(slot)[0].name}, not {value!r}")
     if isinstance(value, Spec):
         if value.args or value.positional:
