@@ -31,7 +31,7 @@ from gatework.core.contracts import in_backward
 from gatework.core.errors import PartError
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import Router, mean_over, router_logits, top_k
+from gatework.gates.base import Router, mean_over, normalized, router_logits, top_k
 
 
 @register("adaptive_topk", paper="adaptive_topk")
@@ -93,7 +93,7 @@ class AdaptiveTopK(Router):
             used = used & mask[:, None]
         weights = torch.where(used, probs.gather(1, experts), 0)
         if self.renorm:
-            weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+            weights = normalized(weights)
         first = Routing(weights[:, :1], experts[:, :1], self.n_experts, logits, probs)
         routing = self.finish(Routing(weights, experts, self.n_experts, logits, probs), mask, balanced=first)
         if self.metrics and not in_backward():

@@ -31,7 +31,7 @@ from gatework.core.contracts import Gate, in_backward
 from gatework.core.errors import PartError
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import mean_over
+from gatework.gates.base import mean_over, normalized
 from gatework.ops.precision import without_autocast
 
 
@@ -115,8 +115,7 @@ class AttentionWeighted(Gate):
             weights = torch.where(mask[:, None], weights, 0)
         experts = torch.arange(self.n_experts, device=x.device).expand(len(weights), -1)
         if not in_backward():
-            share = weights.detach().abs()
-            share = share / share.sum(1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+            share = normalized(weights.detach().abs())
             below = mean_over((weights.detach() < 0).to(share.dtype), mask).mean()
             self.losses, self.metrics = losses, {"load": mean_over(share, mask), "negative": below}
         return Routing(weights, experts, self.n_experts, weights)

@@ -41,6 +41,11 @@ def router_logits(x: Float[Tensor, "N D"], weight: Float[Tensor, "E D"]) -> Floa
         return F.linear(x.to(dtype), weight.to(dtype))
 
 
+def normalized(weights: Float[Tensor, "N k"]) -> Float[Tensor, "N k"]:
+    """Rows divided by their sums; rows of zeros stay."""
+    return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
 def cv_squared(values: Float[Tensor, "E"]) -> Float[Tensor, ""]:
     """Squared coefficient of variation with the population variance: 0 where all values are equal."""
     return values.var(correction=0) / (values.mean().square() + CV_EPS)

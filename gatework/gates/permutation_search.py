@@ -27,7 +27,8 @@ from gatework.core.contracts import Gate, No, capability, in_backward
 from gatework.core.errors import GateworkError
 from gatework.core.registry import build, register
 from gatework.core.routing import Routing
-from gatework.gates.smooth import SmoothGate, entropy, normalized, sparse_metrics, sparse_routing
+from gatework.gates.base import normalized
+from gatework.gates.smooth import SmoothGate, entropy, sparse_metrics, sparse_routing
 
 #: Temperature and number of Sinkhorn steps at the start and at the end of the search.
 TAU, STEPS = (1e-3, 1e-7), (20, 150)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gatework.core.contracts import Gate, in_backward
 from gatework.core.routing import Routing
-from gatework.gates.base import mean_over, monitor
+from gatework.gates.base import mean_over, monitor, normalized
 
 
 def sparse_routing(
@@ -81,8 +81,3 @@ class SmoothGate(Gate):
         if not in_backward():
             self.losses, self.metrics = losses, sparse_metrics(routing, mask, self.training)
         return routing
-
-
-def normalized(weights: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
-    """Rows divided by their sums; rows of zeros stay."""
-    return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)

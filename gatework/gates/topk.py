@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import Router, router_logits
+from gatework.gates.base import Router, normalized, router_logits
 
 
 @register("topk", paper="sparse_moe")
@@ -85,9 +85,9 @@ class TopK(Router):
         else:
             weights = scores.gather(1, experts)
             if self.normalize == "renorm":
-                weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+                weights = normalized(weights)
         if mask is not None:
             weights = weights * mask[:, None]
         if self.score == "sigmoid":
-            probs = scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+            probs = normalized(scores)
         return self.finish(Routing(weights, experts, self.n_experts, logits, probs), mask)
