@@ -29,6 +29,7 @@ from gatework.core.registry import register
 from gatework.core.routing import Routing
 from gatework.gates.base import mean_over, router_logits, top_k
 from gatework.gates.smooth import sparse_metrics, sparse_routing
+from gatework.ops.estimators import gumbel_noise
 
 #: An expert is chosen whose share of the noisy softmax is above.
 THRESHOLD = 1e-3
@@ -113,8 +114,7 @@ class DenseToSparse(Gate):
         logits = router_logits(x, self.weight)
         probs, noisy = logits.softmax(1), logits
         if self.training:
-            # Minus the logarithm of an exponential variable is a Gumbel variable.
-            noisy = logits - torch.empty_like(logits).exponential_().clamp(min=torch.finfo(logits.dtype).tiny).log()
+            noisy = logits + gumbel_noise(logits)
         shares = (noisy / self.temperature.to(noisy.dtype)).softmax(1)
         winner = F.one_hot(top_k(noisy, 1)[:, 0], self.n_experts).to(probs.dtype)
         if self.training or self.dense_eval:

@@ -29,6 +29,7 @@ from gatework.core.registry import build, register
 from gatework.core.routing import Routing
 from gatework.gates.base import normalized
 from gatework.gates.smooth import SmoothGate, entropy, sparse_metrics, sparse_routing
+from gatework.ops.estimators import gumbel_noise
 
 #: Temperature and number of Sinkhorn steps at the start and at the end of the search.
 TAU, STEPS = (1e-3, 1e-7), (20, 150)
@@ -143,7 +144,7 @@ class PermutationSearch(Gate):
         progress = min(float(self.progress), 1.0)
         logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
         if noise:
-            logits = logits - noise * torch.empty_like(logits).exponential_().clamp(min=torch.finfo(logits.dtype).tiny).log()
+            logits = logits + noise * gumbel_noise(logits)
         tau = TAU[0] * (TAU[1] / TAU[0]) ** progress
         return sinkhorn(logits / tau, int(STEPS[0] + (STEPS[1] - STEPS[0]) * progress))
 
