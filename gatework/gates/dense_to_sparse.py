@@ -59,7 +59,8 @@ class DenseToSparse(Gate):
         of experts that a token uses).
 
     Raises:
-        ValueError: temperatures that are not positive or rise, shares outside (0, 1], a negative balance weight.
+        ValueError: temperatures that are not positive or rise, shares outside (0, 1], a negative balance weight; 1000 experts or
+            more, of which a hot gate would choose none.
     """
 
     exact = ("temperature",)
@@ -83,6 +84,8 @@ class DenseToSparse(Gate):
         super().__init__()
         if n_experts < 1 or balancing < 0:
             raise ValueError(f"n_experts must be at least 1 and balancing 0, got {n_experts} and {balancing}")
+        if n_experts * THRESHOLD >= 1:
+            raise ValueError(f"n_experts must be below {1 / THRESHOLD:.0f}, for a hot gate to choose all of them, got {n_experts}")
         if not 0 < tau_min <= tau_max:
             raise ValueError(f"temperatures are positive and fall from tau_max to tau_min, got {tau_max} and {tau_min}")
         if schedule not in ("exp", "linear"):
@@ -134,10 +137,12 @@ class DenseToSparse(Gate):
     @torch.no_grad()
     def advance(self, step: int, total_steps: int) -> None:
         """Set the temperature, and whether only the winner counts, after ``step`` steps of ``total_steps``."""
-        past = min(step / (self.decay * total_steps), 1.0)
-        if self.schedule == "exp":
+        past = step / (self.decay * total_steps)
+        if past >= 1:
+            tau = self.tau_min
+        elif self.schedule == "exp":
             tau = self.tau_max * (self.tau_min / self.tau_max) ** past
         else:
             tau = self.tau_max - (self.tau_max - self.tau_min) * past
-        self.temperature.fill_(max(tau, self.tau_min))
+        self.temperature.fill_(tau)
         self.winner_only.fill_(self.hard is not None and step >= self.hard * total_steps)

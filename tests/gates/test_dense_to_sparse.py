@@ -105,6 +105,9 @@ def test_the_temperature_falls_and_arrives_exactly(schedule):
         assert g.k == (1 if step >= 60 else E)
     assert seen[38] > seen[39] == seen[40] == 0.5
     assert set(g.state_dict()) == {"weight", "temperature", "winner_only"}
+    other = gate(tau_max=2.72, tau_min=0.41, schedule=schedule, decay=0.5)  # Where the formula is off by its rounding.
+    advance(other, 5, 10)
+    assert other.temperature.item() == 0.41
     never = gate(hard=None)
     advance(never, 80, 80)
     assert not never.winner_only
@@ -141,8 +144,9 @@ def test_padding_enters_no_loss():
         ({"decay": 0.0}, r"in \(0, 1\]"),
         ({"hard": 1.5}, r"in \(0, 1\]"),
         ({"balancing": -1.0}, "balancing 0"),
+        ({"n_experts": 1000}, "n_experts must be below 1000, for a hot gate to choose all of them, got 1000"),
     ],
 )
 def test_wrong_arguments(settings, message):
     with pytest.raises(ValueError, match=message):
-        gate(**settings)
+        DenseToSparse(D, **({"n_experts": E} | settings))
