@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gatework.core.contracts import Component, in_backward
+from gatework.core.contracts import Component, No, in_backward
 from gatework.core.cost import count_flops, count_parameters
 from gatework.core.errors import PartError
 from gatework.core.registry import register
@@ -67,6 +67,7 @@ class GlobalLocal(Component):
     """
 
     family = "experts"
+    capabilities = Component.capabilities | {"compiles": No("which rows the local expert runs is data")}
     threshold: Tensor
 
     def __init__(

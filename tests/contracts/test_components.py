@@ -11,12 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatework.core import advance, capability, entries, losses, metrics
+from gatework.core import No, advance, capability, entries, lookup, losses, metrics
 
 from .checks import close, finite, gradients, same, through_a_file
 from .parts import example_inputs, objective
 
-EVERY = pytest.mark.parametrize("name", [entry.name for entry in entries("component")])
+
+def components(capable: str | None = None) -> Any:
+    """All components, by name (that have the capability)."""
+    found = [entry.name for entry in entries("component") if capable is None or capability(entry.cls, capable)]
+    return pytest.mark.parametrize("name", found)
+
+
+EVERY = components()
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -145,16 +152,41 @@ def test_gradients_of_stride_0(name):
     close(*results, "gradients from a gradient of stride 0")
 
 
-@EVERY
+@components("batch_invariant")
 def test_rows_do_not_depend_on_each_other(name):
     part = new(name)
-    if not capability(part, "batch_invariant"):
-        pytest.skip(str(capability(part, "batch_invariant")))
     given = example_inputs(name).inputs(torch.float64, 1)
     whole = list(tensors(part(*given)))
     for row in range(3):
         alone = list(tensors(part(*(t[row : row + 1] if isinstance(t, Tensor) else t for t in given))))
         close(alone, [y[row : row + 1] for y in whole], "a row alone")
+
+
+@pytest.mark.compile
+@components("compiles")
+def test_compiled_equals_eager_and_compiles_once(name):
+    torch._dynamo.reset()
+    plain, compiled = new(name, train=True), new(name, train=True)
+    run_compiled = torch.compile(compiled, fullgraph=True, dynamic=False, backend="aot_eager")
+    for seed in (1, 2):
+        results = []
+        with torch._dynamo.config.patch(error_on_recompile=seed > 1):
+            for part, forward in ((plain, plain), (compiled, run_compiled)):
+                part.zero_grad()
+                given = example_inputs(name).inputs(torch.float64, seed)
+                torch.manual_seed(9)
+                outputs = list(tensors(forward(*given)))
+                said = losses(part)
+                (sum(objective(y) for y in outputs) + sum(said.values())).backward()
+                found = {f"output {i}": y.detach() for i, y in enumerate(outputs)} | said | metrics(part) | gradients(part)
+                results.append({key: value for key, value in found.items() if value is not None})
+        close(*results, "compiled")
+
+
+@EVERY
+def test_a_component_that_does_not_compile_says_why(name):
+    answer = capability(lookup(name).cls, "compiles")
+    assert answer is True or (isinstance(answer, No) and answer.reason)
 
 
 @EVERY
