@@ -92,7 +92,7 @@ def errors(
             y = true.sample(x, generator)
             best, reached = None, -math.inf
             for _ in range(restarts):
-                fitted = start(true, make(), generator, noise)
+                fitted = start(true, make().double(), generator, noise)
                 value = fitted.fit(x, y)
                 if value > reached:
                     best, reached = fitted, value
@@ -153,13 +153,13 @@ class SoftmaxMoETheory(Claim):
 
     def _exact(self, say: Callable[[str], None], settings: dict[str, Any]) -> list[Finding]:
         say("two experts, two fitted")
-        found = errors(gaussian(), lambda: GaussianMoE(1, 2).double(), **settings, noise=0.05)
+        found = errors(gaussian(), partial(GaussianMoE, 1, 2), **settings, noise=0.05)
         names = ("gate", "slope", "intercept", "variance", "density")
         return [slope(f"two experts fitted: {name}", found[name], *HALF, "-1/2") for name in names]
 
     def _too_many(self, say: Callable[[str], None], settings: dict[str, Any]) -> list[Finding]:
         say("two experts, three fitted")
-        found = errors(gaussian(), lambda: GaussianMoE(1, 3).double(), **settings, noise=0.05)
+        found = errors(gaussian(), partial(GaussianMoE, 1, 3), **settings, noise=0.05)
         findings = [slope(f"three experts fitted: {name}", found[name], *HALF, "-1/2") for name in ("Voronoi loss", "density")]
         for name, slowest in {"gate": "1/8", "intercept": "1/8", "slope": "1/4", "variance": "1/4"}.items():
             # The slowest rate is that of the worst truth and the worst fit; a new atom of little weight does less harm.
@@ -195,8 +195,8 @@ class SoftmaxMoETheory(Claim):
         for transform, bounds, words in cases:
             what = f"multinomial, three experts fitted, {transform or 'plain'} gate"
             say(what)
-            make = partial(MultinomialMoE, 1, 3, 3, transform)
-            found = errors(multinomial(transform), lambda make=make: make().double(), **settings, noise=0.05, width=2.0)  # type: ignore[misc]
+            made = partial(MultinomialMoE, 1, 3, 3, transform)
+            found = errors(multinomial(transform), made, **settings, noise=0.05, width=2.0)
             findings += [slope(f"{what}: {name}", found[name], *bounds, words) for name in ("gate", "slope", "intercept")]
             findings.append(slope(f"{what}: probabilities", found["density"], *HALF, "-1/2"))
         return findings

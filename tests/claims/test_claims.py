@@ -101,7 +101,7 @@ def test_the_experiment_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_experiment_is_the_same_twice():
-    first, second = (errors(gaussian(), lambda: GaussianMoE(1, 2).double(), [50, 70], 2, 1, 0.05) for _ in range(2))
+    first, second = (errors(gaussian(), lambda: GaussianMoE(1, 2), [50, 70], 2, 1, 0.05) for _ in range(2))
     assert first == second
     assert [len(row) for row in first["density"].values()] == [2, 2]
 
