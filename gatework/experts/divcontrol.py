@@ -122,7 +122,7 @@ class DivLinear(FactoredLinear):
 
     def gates(self, condition: Float[Tensor, "*B D"]) -> Float[Tensor, "M K"]:
         """The groups' weights, which sum to 1; ``condition`` is (B, d_condition) or (d_condition)."""
-        if condition.shape[-1] != self.d_condition or condition.dim() > 2:
+        if condition.shape[-1:] != (self.d_condition,) or condition.dim() > 2:
             raise PartError(f"a condition is (samples, {self.d_condition}), not {tuple(condition.shape)}")
         found: Tensor = self.gate(condition.reshape(-1, self.d_condition))
         return found
@@ -155,8 +155,8 @@ class DivLinear(FactoredLinear):
 class AlignmentLoss(nn.Module):
     """``weight * (1 - mean cos(P h_cond, h_early))``: keeps the condition's features near the main branch's early ones.
 
-    ``forward(h_cond (..., d_condition), h_early (..., d_early)) -> scalar``, 0 to 2 times ``weight``. No gradient reaches
-    ``h_early``.
+    ``forward(h_cond (..., d_condition), h_early (..., d_early)) -> scalar``, 0 to 2 times ``weight``, 0 without any features. No
+    gradient reaches ``h_early``.
 
     Args:
         d_condition: width of the features of the condition's branch.
@@ -174,8 +174,17 @@ class AlignmentLoss(nn.Module):
         return f"weight={self.weight}"
 
     def forward(self, h_cond: Float[Tensor, "*B C"], h_early: Float[Tensor, "*B E"]) -> Float[Tensor, ""]:
-        """The loss."""
-        return self.weight * (1 - F.cosine_similarity(self.projector(h_cond), h_early.detach(), dim=-1).mean())
+        """The loss.
+
+        Raises:
+            PartError: features of other widths, or not as many of the one as of the other.
+        """
+        wanted = (self.projector.in_features, self.projector.out_features)
+        if (h_cond.shape[-1:], h_early.shape[-1:]) != ((wanted[0],), (wanted[1],)) or h_cond.shape[:-1] != h_early.shape[:-1]:
+            given = f"{tuple(h_cond.shape)} and {tuple(h_early.shape)}"
+            raise PartError(f"the features are (..., {wanted[0]}) and as many of (..., {wanted[1]}), not {given}")
+        cosines = F.cosine_similarity(self.projector(h_cond), h_early.detach(), dim=-1)
+        return self.weight * (1 - cosines).sum() / max(cosines.numel(), 1)
 
 
 __all__ = ["AlignmentLoss", "ConditionGate", "DivLinear"]

@@ -56,7 +56,8 @@ class ExpertBuffer:
         misses: those that had to load it; the first of each expert are compulsory.
 
     Raises:
-        PartError: a size below 1, an unknown policy, ``belady`` without the future, another policy with it.
+        PartError: a size below 1, an unknown policy, ``belady`` without the future, another policy with it, a future access to an
+            expert that there is not.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class ExpertBuffer:
             raise PartError(f"no policy {policy!r}; there are {', '.join(POLICIES)}")
         if (policy == "belady") != (future is not None):
             raise PartError(f"belady is the policy that needs the future accesses, got the policy {policy!r} and future={future!r}")
+        for expert in {*(future or ())} - {*range(n_experts)}:
+            raise PartError(f"there are the experts 0 to {n_experts - 1}, and {expert} is among the future accesses")
         self.n_experts, self.size, self.policy = n_experts, size, policy
         self.load, self.expert_bytes = load, expert_bytes
         self.hits = self.misses = 0

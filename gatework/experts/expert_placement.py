@@ -59,6 +59,7 @@ class ExpertPlacement:
     @classmethod
     def anti_correlated(cls, counts: Int[Tensor, "batches E"] | Float[Tensor, "batches E"], n_ranks: int) -> ExpertPlacement:
         """The same, with a penalty for experts that are busy in the same batches."""
+        _check(counts)
         varying = counts.double() - counts.double().mean(0)
         lengths = varying.norm(dim=0)
         correlation = (varying.T @ varying) / (lengths[:, None] * lengths).clamp(min=torch.finfo(torch.float64).tiny)
@@ -66,6 +67,7 @@ class ExpertPlacement:
 
     @classmethod
     def _place(cls, counts: Tensor, n_ranks: int, together: Tensor) -> ExpertPlacement:
+        _check(counts)
         n_experts = counts.shape[1]
         each = _each(n_experts, n_ranks)
         load = counts.double().mean(0)
@@ -86,11 +88,21 @@ class ExpertPlacement:
         """Mean over the batches of the busiest rank's load over the mean rank's: 1 is even, W is all on one rank.
 
         Batches without any load do not count.
+
+        Raises:
+            PartError: counts of another number of experts.
         """
+        if counts.shape[1:] != (len(self.ranks),):
+            raise PartError(f"the placement is for counts (batches, {len(self.ranks)}), not {tuple(counts.shape)}")
         loads = counts.double().new_zeros(len(counts), self.n_ranks)
         loads.index_add_(1, torch.tensor(self.ranks, device=counts.device), counts.double())
         loads = loads[loads.sum(1) > 0]
         return float((loads.amax(1) / loads.mean(1)).mean()) if len(loads) else 1.0
+
+
+def _check(counts: Tensor) -> None:
+    if counts.dim() != 2 or not len(counts):
+        raise PartError(f"experts are placed by their counts (batches, E) in at least 1 batch, not {tuple(counts.shape)}")
 
 
 def _each(n_experts: int, n_ranks: int) -> int:

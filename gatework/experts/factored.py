@@ -87,8 +87,9 @@ class FactoredLinear(Component):
         if len(gates) != len(x):
             raise PartError(f"there are {len(gates)} conditions for {len(x)} samples; one for each is due")
         y = self.learngenes(x)
-        every = gates.view(len(x), *[1] * (x.dim() - 2), -1).split([len(bank.s) // self.rank for bank in self._banks()[1:]], -1)
-        for bank, some in zip(self._banks()[1:], every, strict=True):
+        banks = self._banks()[1:]
+        every = gates.view(len(x), *[1] * (x.dim() - 2), self.groups).split([len(bank.s) // self.rank for bank in banks], -1)
+        for bank, some in zip(banks, every, strict=True):
             y = y + bank(x, some.repeat_interleave(self.rank, -1))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -97,7 +97,15 @@ class GlobalLocal(Component):
     def forward(
         self, x: Tensor, labels: Int[Tensor, "N"] | None = None, user: Bool[Tensor, "N"] | None = None
     ) -> Float[Tensor, "N C"]:
-        """Logits of N inputs of the model; ``labels`` and ``user`` (all rows, where not given) leave the losses behind."""
+        """Logits of N inputs of the model; ``labels`` and ``user`` (all rows, where not given) leave the losses behind.
+
+        Raises:
+            PartError: not one label, or one boolean of ``user``, per input.
+        """
+        if labels is not None and labels.shape != x.shape[:1]:
+            raise PartError(f"there is one label per input, shape ({len(x)},), not {tuple(labels.shape)}")
+        if user is not None and (user.shape != x.shape[:1] or user.dtype != torch.bool):
+            raise PartError(f"user has one boolean per input, shape ({len(x)},), not {tuple(user.shape)} of {user.dtype}")
         global_logits, phi = self.features(x)
         chosen = self.gate_values(phi) > self.threshold
         rows = chosen.nonzero()[:, 0]
@@ -178,8 +186,7 @@ class GlobalLocal(Component):
         """
         known = []
         for what, (x, labels) in {"user": user, "replay": replay}.items():
-            if not len(x) or len(x) != len(labels):
-                raise ValueError(f"{what} has {len(x)} inputs and {len(labels)} labels: one each is wanted, and at least one")
+            _check_examples(what, x, labels)
             known.append((*self.features(x), labels))
         if min(steps, batch_size) < 1:
             raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
@@ -218,7 +225,11 @@ class GlobalLocal(Component):
 
         Returns:
             The share of right answers there.
+
+        Raises:
+            ValueError: if there are no examples, or not as many labels.
         """
+        _check_examples("the mixture", x, labels)
         global_logits, phi = self.features(x)
         r, order = self.gate_values(phi).sort(descending=True)
         globally = (global_logits.argmax(1) == labels)[order].long()
@@ -244,6 +255,11 @@ class GlobalLocal(Component):
     def extra_repr(self) -> str:
         """Where the features are taken."""
         return f"head={self.head!r}"
+
+
+def _check_examples(what: str, x: Tensor, labels: Tensor) -> None:
+    if not len(x) or len(x) != len(labels):
+        raise ValueError(f"{what} has {len(x)} inputs and {len(labels)} labels: one each is wanted, and at least one")
 
 
 __all__ = ["GlobalLocal", "Overhead"]

@@ -43,8 +43,10 @@ class ClassGate(nn.Module):
         """One-hot rows.
 
         Raises:
-            PartError: a class that there is not.
+            PartError: classes that are no whole numbers, one that there is not.
         """
+        if classes.is_floating_point() or classes.dim() != 1:
+            raise PartError(f"classes are (samples,) whole numbers, not {tuple(classes.shape)} of {classes.dtype}")
         wrong = (classes < 0) | (classes >= self.classes)
         if not torch.compiler.is_compiling() and wrong.any():
             raise PartError(f"there is no class {int(classes[wrong][0])}; classes are 0 to {self.classes - 1}")
@@ -85,7 +87,7 @@ class KINDLinear(FactoredLinear):
         """1 for a sample's class, 0 for the others; without a class one row of zeros."""
         if condition is None:
             return self.learngenes.s.new_zeros(1, self.groups)
-        found: Tensor = self.gate(torch.as_tensor(condition, device=self.learngenes.s.device).reshape(-1))
+        found: Tensor = self.gate(torch.atleast_1d(torch.as_tensor(condition, device=self.learngenes.s.device)))
         return found
 
     def forward(self, x: Float[Tensor, "B *T I"], condition: Int[Tensor, "B"] | None = None) -> Float[Tensor, "B *T O"]:

@@ -124,7 +124,13 @@ class MixERLayer(Component):
 
     @contextlib.contextmanager
     def only(self, expert: int) -> Iterator[None]:
-        """While it lasts, this expert alone answers for all environments: for the table of every expert's losses."""
+        """While it lasts, this expert alone answers for all environments: for the table of every expert's losses.
+
+        Raises:
+            PartError: an expert that there is not.
+        """
+        if not 0 <= expert < len(self.experts):
+            raise PartError(f"there are the experts 0 to {len(self.experts) - 1}, not {expert}")
         self._only = expert
         try:
             yield
@@ -132,7 +138,16 @@ class MixERLayer(Component):
             self._only = None
 
     def forward(self, x: Float[Tensor, "N D"], environment: Int[Tensor, "N"]) -> Float[Tensor, "N O"]:
-        """Outputs for N inputs from known environments."""
+        """Outputs for N inputs from known environments.
+
+        Raises:
+            PartError: inputs of another width, not one whole number of an environment for each, an environment that there is not.
+        """
+        if x.dim() != 2 or x.shape[1] != self.d_in:
+            raise PartError(f"x is (rows, {self.d_in}), not {tuple(x.shape)}")
+        if environment.shape != x.shape[:1] or environment.is_floating_point():
+            given = f"{tuple(environment.shape)} of {environment.dtype}"
+            raise PartError(f"environment has one whole number for each of the {len(x)} rows, not {given}")
         environments = len(self.contexts)
         if len(x) and not 0 <= int(environment.min()) <= int(environment.max()) < environments:
             seen = f"{int(environment.min())} to {int(environment.max())}"
@@ -174,8 +189,10 @@ def adapt(
         lr: learning rate.
 
     Raises:
-        PartError: if an environment has no rows.
+        PartError: if an environment has no rows, or there is none, and for another number of targets than inputs.
     """
+    if environments < 1 or len(x) != len(y):
+        raise PartError(f"at least 1 environment and one target per input are due, got {environments}, {len(x)} and {len(y)}")
     model = copy.deepcopy(model).requires_grad_(False)
     layer: Any = model.mixer
     numbers = model.environment(x)  # type: ignore[operator]

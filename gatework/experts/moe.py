@@ -70,7 +70,8 @@ class MoE(Experts):
 
     Raises:
         ValueError: sizes below 1, a capacity below 1, with which even evenly spread tokens would find no place.
-        PartError: a listed expert that owns its norm and residual; a condition that is missing, unknown or not one row per token.
+        PartError: a listed expert that owns its norm and residual; x of another width, a mask that is not one boolean per token; a
+            condition that is missing, unknown or not one row per token.
     """
 
     slots: ClassVar[Mapping[str, str]] = {"experts": "feedforward"}
@@ -169,6 +170,10 @@ class MoE(Experts):
     def route(self, x: Tensor, mask: Tensor | None, conditions: Mapping[str, Tensor]) -> tuple[Tensor, Routing]:
         """The tokens as (N, d_model), and who serves them."""
         shape = x.shape
+        if shape[-1:] != (self.d_model,):
+            raise PartError(f"x is (..., {self.d_model}), not {tuple(shape)}")
+        if mask is not None and (mask.shape != shape[:-1] or mask.dtype != torch.bool):
+            raise PartError(f"mask has one boolean per token, shape {tuple(shape[:-1])}, not {tuple(mask.shape)} of {mask.dtype}")
         given = {name: self._condition(name, value, shape[:-1]) for name, value in conditions.items()}
         if missing := set(self.gate.conditions) - set(given):
             raise PartError(f"the gate {type(self.gate).__name__} chooses by {', '.join(sorted(missing))} too: give it by keyword")

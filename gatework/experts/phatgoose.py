@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatework.core.contracts import Component, No, in_backward
+from gatework.core.errors import PartError
 from gatework.core.registry import register
 from gatework.core.routing import Routing
 from gatework.gates.base import top_k
@@ -85,7 +86,13 @@ class Phatgoose(Component):
         return Routing(scores.gather(1, chosen).softmax(1), chosen, len(self.v), scores)
 
     def forward(self, u: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        """The layer's output with each token's adapters."""
+        """The layer's output with each token's adapters.
+
+        Raises:
+            PartError: tokens of another width.
+        """
+        if u.shape[-1:] != self.v.shape[1:]:
+            raise PartError(f"a token has width {self.v.shape[1]}, and u has the shape {tuple(u.shape)}")
         y: Tensor = self.base(u)
         tokens = u.reshape(-1, u.shape[-1])
         routing = self.route(tokens)

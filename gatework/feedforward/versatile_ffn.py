@@ -111,9 +111,10 @@ class VersatileFFN(FeedForward):
         init_std: float | None = None,
     ) -> None:
         super().__init__()
-        init_std = max(0.02, 0.6 / math.sqrt(d_model)) if init_std is None else init_std
-        if not init_std > 0:
-            raise ValueError(f"init_std must be positive, got {init_std}")
+        if layout not in ("contiguous", "strided"):
+            raise ValueError(f"layout must be 'contiguous' or 'strided', got {layout!r}")
+        if path not in ("both", "wide", "deep", "fixed"):
+            raise ValueError(f"path must be 'both', 'wide', 'deep' or 'fixed', got {path!r}")
         if experts < 1 or loops < 1:
             raise ValueError(f"experts and loops must be at least 1, got {experts} and {loops}")
         if not 1 <= k <= experts:
@@ -123,6 +124,9 @@ class VersatileFFN(FeedForward):
         d_ff = hidden_width(d_model, d_ff, factor=8 / 3, multiple=math.lcm(8, experts))
         if d_ff % experts:
             raise ValueError(f"d_ff {d_ff} is not divisible by experts {experts}")
+        init_std = max(0.02, 0.6 / math.sqrt(d_model)) if init_std is None else init_std
+        if not init_std > 0:
+            raise ValueError(f"init_std must be positive, got {init_std}")
         self.d_model, self.d_ff, self.experts, self.k, self.loops = d_model, d_ff, experts, k, loops
         self.layout, self.balance, self.path = layout, balance, path
         self.tau_start, self.tau_floor, self.init_std = tau_start, tau_floor, init_std
@@ -214,7 +218,16 @@ class VersatileFFN(FeedForward):
             x: stream after the mixer.
             mask: True for real tokens; the others pass unchanged.
             noise: Gumbel noise of the depth choice in training; None draws it.
+
+        Raises:
+            PartError: another width, a mask or noise of another shape; ``peft`` adapters.
         """
+        lead = x.shape[:-1]
+        if x.shape[-1:] != (self.d_model,):
+            raise PartError(f"this layer was built for width {self.d_model}, not for inputs of shape {tuple(x.shape)}")
+        for name, given, wanted in (("mask", mask, lead), ("noise", noise, (*lead, self.loops))):
+            if given is not None and given.shape != wanted:
+                raise PartError(f"{name} has shape {tuple(wanted)} for these inputs, not {tuple(given.shape)}")
         if any(hasattr(layer, "base_layer") for layer in (self.up, self.down, self.expert_router, self.depth_router)):
             raise PartError("peft cannot adapt versatile_ffn, which uses its weights in slices: leave it out by exclude_modules")
         x_ND = x.reshape(-1, self.d_model)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import AffineRouter, router_logits
+from gatework.gates.base import AffineRouter, check_tokens, router_logits
 
 _ACTS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu}
 
@@ -79,5 +79,6 @@ class ActivationDTS(AffineRouter):
 
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens."""
+        check_tokens(x, mask, self.d_model)
         scores = router_logits(x, self.weight)
         return self.route(_ACTS[self.act](scores), mask, self.tau)

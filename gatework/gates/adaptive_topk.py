@@ -31,7 +31,7 @@ from gatework.core.contracts import in_backward
 from gatework.core.errors import PartError
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import Router, mean_over, normalized, router_logits, top_k
+from gatework.gates.base import Router, check_tokens, mean_over, normalized, router_logits, top_k
 
 
 @register("adaptive_topk", paper="adaptive_topk")
@@ -82,6 +82,7 @@ class AdaptiveTopK(Router):
 
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens."""
+        check_tokens(x, mask, self.d_model)
         logits = router_logits(x, self.weight)
         probs = logits.softmax(1)
         scores = self.shifted(probs)

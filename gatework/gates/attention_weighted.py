@@ -31,7 +31,7 @@ from gatework.core.contracts import Gate, in_backward
 from gatework.core.errors import PartError
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import mean_over, normalized
+from gatework.gates.base import check_tokens, mean_over, normalized
 from gatework.ops.precision import without_autocast
 
 
@@ -74,7 +74,7 @@ class AttentionWeighted(Gate):
         super().__init__()
         if min(d_model, n_experts, hidden) < 1:
             raise ValueError(f"d_model, n_experts and hidden must be at least 1: {d_model}, {n_experts}, {hidden}")
-        if contrast < 0 or not 0 <= drop < 1 or temperature <= 0:
+        if not contrast >= 0 or not 0 <= drop < 1 or not temperature > 0:
             given = f"{contrast}, {drop}, {temperature}"
             raise ValueError(f"contrast must be at least 0, drop in [0, 1) and temperature positive, got {given}")
         self.d_model, self.n_experts, self.k = d_model, n_experts, n_experts
@@ -101,6 +101,8 @@ class AttentionWeighted(Gate):
             raise PartError("attention_weighted needs each token's history, history_mask and query beside the tokens")
         if history.shape[-1] != self.d_model:
             raise PartError(f"the gate was built for behaviours of width {self.d_model}, not {history.shape[-1]}")
+        check_tokens(x, mask, x.shape[-1])
+        check_history(len(x), history, history_mask, query)
         dtype = torch.promote_types(torch.promote_types(history.dtype, self.default.dtype), torch.float32)
         with without_autocast(x.device):
             parts = self._parts(history.to(dtype), history_mask, query.to(dtype))
@@ -140,6 +142,22 @@ class AttentionWeighted(Gate):
         if history_mask.shape[1]:
             kept = kept | (draw == draw.amax(1, keepdim=True))
         return kept & history_mask
+
+
+def check_history(n: int, history: Tensor, history_mask: Tensor, query: Tensor) -> None:
+    """Refuse histories and queries that are not those of n tokens.
+
+    Raises:
+        PartError: another shape than (n, M, D), (n, M) and (n, D), or a ``history_mask`` of numbers.
+    """
+    many, width = history.shape[1:] if history.dim() == 3 else ("M", history.shape[-1])
+    for name, value, wanted in (
+        ("history", history, (n, many, width)), ("history_mask", history_mask, (n, many)), ("query", query, (n, width)),
+    ):  # fmt: skip
+        if tuple(value.shape) != wanted:
+            raise PartError(f"{name} has shape ({', '.join(map(str, wanted))}) for {n} tokens, not {tuple(value.shape)}")
+    if history_mask.dtype != torch.bool:
+        raise PartError(f"history_mask holds bools, True where a behaviour is real, not {history_mask.dtype}")
 
 
 def contrastive_loss(

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatework.core.contracts import Gate, in_backward
+from gatework.core.errors import PartError
 from gatework.core.registry import build
 from gatework.core.routing import Routing
 from gatework.ops.precision import without_autocast
@@ -20,6 +21,31 @@ from gatework.ops.precision import without_autocast
 CV_EPS = 1e-10
 #: So many tokens in evaluation are taken for a step of decoding, and not monitored.
 FEW_TOKENS = 16
+
+
+def check_sizes(d_model: int, n_experts: int, k: int) -> None:
+    """Refuse sizes that no gate can have.
+
+    Raises:
+        ValueError: d_model or n_experts below 1, k outside 1..E.
+    """
+    if min(d_model, n_experts) < 1:
+        raise ValueError(f"d_model and n_experts must be at least 1, got {d_model} and {n_experts}")
+    if not 1 <= k <= n_experts:
+        raise ValueError(f"k must be between 1 and the number of experts {n_experts}, got {k}")
+
+
+def check_tokens(x: Tensor, mask: Tensor | None, d_model: int) -> None:
+    """Refuse what a gate over tokens of width ``d_model`` cannot route.
+
+    Raises:
+        PartError: x is not (N, d_model), the mask not N truth values.
+    """
+    if x.dim() != 2 or x.shape[1] != d_model:
+        raise PartError(f"this gate was built for tokens of shape (N, {d_model}), not {tuple(x.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:1]):
+        given = f"{tuple(mask.shape)} of {mask.dtype}"
+        raise PartError(f"the mask has one bool per token, shape ({x.shape[0]},), not {given}")
 
 
 def top_k(scores: Float[Tensor, "N E"], k: int) -> Int[Tensor, "N k"]:
@@ -62,8 +88,8 @@ def mean_over(values: Float[Tensor, "N *rest"], mask: Bool[Tensor, "N"] | None) 
     """Mean over the real tokens; 0 without any."""
     if mask is None:
         return values.sum(0) / max(values.shape[0], 1)
-    weights = mask.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-    return (values * weights).sum(0) / mask.sum().clamp(min=1)
+    real = values.masked_fill(~mask.view(-1, *[1] * (values.dim() - 1)), 0)
+    return real.sum(0) / mask.sum().clamp(min=1)
 
 
 def share_loss(
@@ -147,15 +173,14 @@ class Router(Gate):
     routing stands in ``offers``.
 
     Raises:
-        ValueError: k outside 1..E; what :func:`balance_terms` refuses.
+        ValueError: what :func:`check_sizes` and :func:`balance_terms` refuse.
     """
 
     offers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, d_model: int, n_experts: int, k: int, balance: Any = None) -> None:
         super().__init__()
-        if not 1 <= k <= n_experts:
-            raise ValueError(f"k must be between 1 and the number of experts {n_experts}, got {k}")
+        check_sizes(d_model, n_experts, k)
         self.d_model, self.n_experts, self.k = d_model, n_experts, k
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         self.balance = balance_terms(balance, n_experts, self.offers)
@@ -208,7 +233,7 @@ class AffineRouter(Router):
     softmax of score + bias over those. A subclass makes the scores and calls :meth:`route`.
 
     Raises:
-        ValueError: k outside 1..E, k = 1 without a balance term, what :func:`balance_terms` refuses.
+        ValueError: k = 1 without a balance term; what :class:`Router` refuses.
 
     Initialisation: the weight is normal with standard deviation 0.02, the bias 0.
     """
@@ -233,5 +258,5 @@ class AffineRouter(Router):
             experts = self.choose(scores)
             weights = logits.gather(1, experts).softmax(1)
         if mask is not None:
-            weights = weights * mask[:, None]
+            weights = weights.masked_fill(~mask[:, None], 0)
         return self.finish(Routing(weights, experts, self.n_experts, logits, probs), mask)

@@ -146,7 +146,14 @@ class BlockSparsityGate(Component):
 
     @torch.no_grad()
     def select(self, scores: Float[Tensor, "heads blocks"]) -> Int[Tensor, "blocks"]:
-        """How many elements of each block are kept, leading ones first: in ``blocks`` all or none."""
+        """How many elements of each block are kept, leading ones first: in ``blocks`` all or none.
+
+        Raises:
+            PartError: scores of another gate.
+        """
+        if scores.shape != (len(self.heads), len(self.sizes)):
+            wanted = (len(self.heads), len(self.sizes))
+            raise PartError(f"this gate's scores have shape {wanted} (heads, blocks), not {tuple(scores.shape)}")
         # Scores that are not numbers choose nothing, and make weights that are not: the loss will say so.
         a, kept = scores[0].double().nan_to_num().tolist(), [0] * len(self.sizes)
         sizes = self.sizes.tolist()
@@ -171,7 +178,7 @@ class BlockSparsityGate(Component):
         """The model's parameters as ``scores`` gate them, by name.
 
         Raises:
-            PartError: the model's parameters are not those that the gate was built for.
+            PartError: the model's parameters are not those that the gate was built for; scores of another gate.
         """
         return self._gated(model, scores)[0]
 
@@ -190,6 +197,7 @@ class BlockSparsityGate(Component):
             gated[t.name] = theta * factor.to(theta.dtype).view(t.shape)
             rows = inside.view(t.shape[0] if t.shape else 1, -1).any(1)
             if len(t.shape) > 1 and not rows.all():
+                rows[0] |= ~rows.any()  # A convolution without an output channel is none: one row of zeros stays.
                 alive[t.name] = rows.nonzero().squeeze(1)
         if not in_backward():
             self.metrics = {"density": kept.sum() / self.sizes.sum()}

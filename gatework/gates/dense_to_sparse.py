@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from gatework.core.contracts import Gate, in_backward
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import mean_over, router_logits, top_k
+from gatework.gates.base import check_tokens, mean_over, router_logits, top_k
 from gatework.gates.smooth import sparse_metrics, sparse_routing
 from gatework.ops.estimators import gumbel_noise
 
@@ -82,8 +82,9 @@ class DenseToSparse(Gate):
         dense_eval: bool = False,
     ) -> None:
         super().__init__()
-        if n_experts < 1 or balancing < 0:
-            raise ValueError(f"n_experts must be at least 1 and balancing 0, got {n_experts} and {balancing}")
+        if min(d_model, n_experts) < 1 or not balancing >= 0:
+            given = f"{d_model}, {n_experts} and {balancing}"
+            raise ValueError(f"d_model and n_experts must be at least 1 and balancing 0, got {given}")
         if n_experts * THRESHOLD >= 1:
             raise ValueError(f"n_experts must be below {1 / THRESHOLD:.0f}, for a hot gate to choose all of them, got {n_experts}")
         if not 0 < tau_min <= tau_max:
@@ -114,6 +115,7 @@ class DenseToSparse(Gate):
 
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens; draws noise from the global generator while training."""
+        check_tokens(x, mask, self.d_model)
         logits = router_logits(x, self.weight)
         probs, noisy = logits.softmax(1), logits
         if self.training:

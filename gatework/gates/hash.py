@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gatework.core.contracts import Gate, in_backward
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import monitor, router_logits, switch_loss, top_k
+from gatework.gates.base import check_tokens, monitor, router_logits, switch_loss, top_k
 from gatework.ops.hash_grid import HashGridEncoding
 
 
@@ -63,7 +63,7 @@ class HashGate(Gate):
         switch: float = 5e-4,
     ) -> None:
         super().__init__()
-        if min(n_experts, hidden) < 1 or switch < 0:
+        if min(n_experts, hidden) < 1 or not switch >= 0:
             raise ValueError(f"n_experts and hidden must be at least 1 and switch 0, got {n_experts}, {hidden} and {switch}")
         self.d_model, self.n_experts, self.switch = d_model, n_experts, switch
         self.encoding = HashGridEncoding(d_model, levels, 2, log2_size, n_min, n_max)
@@ -77,6 +77,7 @@ class HashGate(Gate):
 
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N points."""
+        check_tokens(x, mask, self.d_model)
         h = self.encoding(x)
         exact = torch.promote_types(h.dtype, torch.float32)
         norm, hidden, out = self.norm, self.hidden, self.out
@@ -87,7 +88,7 @@ class HashGate(Gate):
         experts = top_k(probs, 1)
         weights = probs.gather(1, experts)
         if mask is not None:
-            weights = weights * mask[:, None]
+            weights = weights.masked_fill(~mask[:, None], 0)
         routing = Routing(weights, experts, self.n_experts, logits, probs)
         losses = {"switch": self.switch * switch_loss(probs, experts, mask)} if self.training and self.switch else {}
         if not in_backward():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import Router, router_logits
+from gatework.gates.base import Router, check_tokens, router_logits
 
 #: Least standard deviation of the noise.
 NOISE_FLOOR = 1e-2
@@ -56,6 +56,7 @@ class NoisyTopK(Router):
 
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens; draws noise from the global generator while training."""
+        check_tokens(x, mask, self.d_model)
         clean = noisy = router_logits(x, self.weight)
         said = {}
         if self.training:
@@ -65,5 +66,5 @@ class NoisyTopK(Router):
         experts = self.choose(noisy)
         weights = noisy.gather(1, experts).softmax(1)
         if mask is not None:
-            weights = weights * mask[:, None]
+            weights = weights.masked_fill(~mask[:, None], 0)
         return self.finish(Routing(weights, experts, self.n_experts, noisy, noisy.softmax(1)), mask, said)

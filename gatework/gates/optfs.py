@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gatework.core.contracts import Component, in_backward
+from gatework.core.errors import PartError
 from gatework.core.registry import register
 
 
@@ -108,7 +109,14 @@ class OptFS(Component):
         return torch.where(self.hard, (c > 0).to(c.dtype) * self.scale, soft)
 
     def forward(self, embeddings: Float[Tensor, "*shape D"], ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
-        """Scale each row by its feature's gate."""
+        """Scale each row by its feature's gate.
+
+        Raises:
+            PartError: not one id per row.
+        """
+        if ids.shape != embeddings.shape[:-1]:
+            wanted = tuple(embeddings.shape[:-1])
+            raise PartError(f"rows of shape {tuple(embeddings.shape)} have ids of shape {wanted}, not {tuple(ids.shape)}")
         gated = embeddings * self.values(ids)[..., None].to(embeddings.dtype)
         if not in_backward():
             searching = self.training and self.c.requires_grad and self.penalty > 0

@@ -27,7 +27,7 @@ from gatework.core.contracts import Gate, No, capability, in_backward
 from gatework.core.errors import GateworkError
 from gatework.core.registry import build, register
 from gatework.core.routing import Routing
-from gatework.gates.base import normalized
+from gatework.gates.base import check_tokens, normalized
 from gatework.gates.smooth import SmoothGate, entropy, sparse_metrics, sparse_routing
 from gatework.ops.estimators import gumbel_noise
 
@@ -85,7 +85,7 @@ class PermutationSearch(Gate):
         ``dead``, ``entropy``, ``chosen`` of the permuted weights.
 
     Raises:
-        ValueError: phase outside (0, 1], negative noise or entropy.
+        ValueError: phase outside (0, 1], negative noise or entropy, a gate made for another number of experts.
         GateworkError: if scipy is not installed.
     """
 
@@ -110,12 +110,14 @@ class PermutationSearch(Gate):
         super().__init__()
         if not 0 < phase <= 1:
             raise ValueError(f"phase is a share of the training in (0, 1], got {phase}")
-        if min(noise, entropy) < 0:
+        if not (noise >= 0 and entropy >= 0):
             raise ValueError(f"noise and entropy must be at least 0, got {noise} and {entropy}")
         _solver()  # Missing now rather than in the first evaluation.
         self.d_model, self.n_experts = d_model, n_experts
         self.phase, self.noise, self.entropy, self.each = phase, noise, entropy, each
         self.gate = build(gate, "gate", d_model=d_model, n_experts=n_experts)
+        if getattr(self.gate, "n_experts", n_experts) != n_experts:
+            raise ValueError(f"the gate is made for {self.gate.n_experts} experts, their order for {n_experts}")
         answers = {name: capability(self.gate, name) for name, own in self.capabilities.items() if own}
         self.capabilities = self.capabilities | answers
         self.conditions = self.gate.conditions  # type: ignore[misc]
@@ -177,6 +179,7 @@ class PermutationSearch(Gate):
         self, x: Tensor, mask: Tensor | None, conditions: dict[str, Tensor]
     ) -> tuple[Float[Tensor, "N P E"], dict[str, Tensor]]:
         if isinstance(self.gate, SmoothGate):
+            check_tokens(x, mask, self.d_model)
             selected, losses = self.gate.select(x, mask)
             return (selected if self.each else selected.sum(1, keepdim=True)), dict(losses)
         return self.gate(x, mask, **conditions).dense()[:, None], {}

@@ -79,6 +79,8 @@ class PyramidGate(Component):
         """
         check_streams(a, b, self.d_model, self.tokens)
         check_streams(before_a, before_b, self.d_model // 2, self.tokens)
+        if len(a) != len(before_a):
+            raise PartError(f"the level before has {len(before_a)} examples and this one {len(a)}; they are levels of one batch")
         if self.tokens and a.shape[1] != before_a.shape[1]:
             raise PartError(f"the level before has {before_a.shape[1]} tokens and this one {a.shape[1]}; make them equal first")
         if self.training and self.modality_dropout:

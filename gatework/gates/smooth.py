@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gatework.core.contracts import Gate, in_backward
 from gatework.core.routing import Routing
-from gatework.gates.base import mean_over, monitor, normalized
+from gatework.gates.base import check_sizes, check_tokens, mean_over, monitor, normalized
 
 
 def sparse_routing(
@@ -55,9 +55,8 @@ class SmoothGate(Gate):
         super().__init__()
         if n_experts < 2:
             raise ValueError(f"a smooth gate chooses among at least 2 experts, got {n_experts}")
-        if not 1 <= k <= n_experts:
-            raise ValueError(f"k must be between 1 and the number of experts {n_experts}, got {k}")
-        if not gamma > 0 or entropy < 0:
+        check_sizes(d_model, n_experts, k)
+        if not gamma > 0 or not entropy >= 0:
             raise ValueError(f"gamma must be positive and entropy at least 0, got {gamma} and {entropy}")
         # Not called k: a token uses up to E experts until the selectors have decided.
         self.d_model, self.n_experts, self.selectors, self.gamma, self.entropy = d_model, n_experts, k, gamma, entropy
@@ -75,6 +74,7 @@ class SmoothGate(Gate):
 
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens."""
+        check_tokens(x, mask, self.d_model)
         selected, losses = self.select(x, mask)
         weights = selected.sum(1)
         routing = sparse_routing(weights, mask, probs=normalized(weights))

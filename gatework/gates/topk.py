@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import Router, normalized, router_logits
+from gatework.gates.base import Router, check_tokens, normalized, router_logits
 
 
 @register("topk", paper="sparse_moe")
@@ -74,6 +74,7 @@ class TopK(Router):
 
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens."""
+        check_tokens(x, mask, self.d_model)
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = router_logits(x, self.weight)
@@ -87,7 +88,7 @@ class TopK(Router):
             if self.normalize == "renorm":
                 weights = normalized(weights)
         if mask is not None:
-            weights = weights * mask[:, None]
+            weights = weights.masked_fill(~mask[:, None], 0)
         if self.score == "sigmoid":
             probs = normalized(scores)
         return self.finish(Routing(weights, experts, self.n_experts, logits, probs), mask)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gatework.core.registry import register
 from gatework.core.routing import Routing
-from gatework.gates.base import AffineRouter, router_logits
+from gatework.gates.base import AffineRouter, check_tokens, router_logits
 
 
 @register("transformed", paper="softmax_moe_theory")
@@ -69,6 +69,7 @@ class Transformed(AffineRouter):
 
     def forward(self, x: Float[Tensor, "N D"], mask: Bool[Tensor, "N"] | None = None) -> Routing:
         """Route N tokens."""
+        check_tokens(x, mask, self.d_model)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         bounded = x.tanh() if self.transform == "tanh" else x.sigmoid()
         return self.route(router_logits(bounded, self.weight), mask)

@@ -52,7 +52,7 @@ class EnvironmentNetwork(nn.Module):
 
     def forward(self, x: Float[Tensor, "N C"]) -> Float[Tensor, "N O"]:
         """Outputs for N inputs."""
-        if x.shape[1] != self.mixer.d_in + 1:
-            raise PartError(f"an input is an environment's number and {self.mixer.d_in} values, not {x.shape[1]} columns")
+        if x.shape[1:] != (self.mixer.d_in + 1,):
+            raise PartError(f"x has rows of an environment's number and {self.mixer.d_in} values, not the shape {tuple(x.shape)}")
         outputs: Tensor = self.mixer(x[:, 1:], self.environment(x))
         return outputs

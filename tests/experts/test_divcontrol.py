@@ -179,6 +179,10 @@ def test_alignment_loss():
     assert plain(early, 4 * early).item() == pytest.approx(0, abs=1e-12)
     assert plain(early, -early).item() == pytest.approx(2, abs=1e-12)
     assert AlignmentLoss(2, 2).weight == 0.5
+    assert loss(cond[:, :0], early[:, :0]) == 0
+    for a, b in ((early, early), (cond, cond)):
+        with pytest.raises(PartError, match=r"the features are \(..., 4\) and as many of \(..., 3\), not"):
+            loss(a, b)
 
 
 def test_wrong_inputs_meet_one_sentence():

@@ -74,6 +74,14 @@ def test_each_rank_holds_equally_many(kind):
     assert getattr(ExpertPlacement, kind)(constant, 2).ranks == (0, 1, 0, 1)
 
 
+def test_wrong_input_meets_one_sentence():
+    for kind in ("greedy", "anti_correlated"):
+        with pytest.raises(PartError, match=r"counts \(batches, E\) in at least 1 batch, not \(0, 8\)"):
+            getattr(ExpertPlacement, kind)(COUNTS[:0], 2)
+    with pytest.raises(PartError, match=r"the placement is for counts \(batches, 4\), not \(40, 8\)"):
+        ExpertPlacement.contiguous(4, 2).imbalance(COUNTS)
+
+
 def test_uneven_sharing_is_refused():
     with pytest.raises(PartError, match="8 experts cannot be shared out evenly among 3 ranks: take a number that they divide"):
         ExpertPlacement.greedy(COUNTS, 3)

@@ -212,5 +212,13 @@ def test_no_rows_and_wrong_input(model):
         made.customise((x, truth(x)), (x[:0], truth(x)[:0]))
     with pytest.raises(ValueError, match="user has 60 inputs and 59 labels"):
         made.customise((x, truth(x)[1:]), (x, truth(x)))
+    with pytest.raises(ValueError, match="the mixture has 60 inputs and 59 labels"):
+        made.choose_threshold(x, truth(x)[1:])
+    with pytest.raises(ValueError, match="the mixture has 0 inputs"):
+        made.choose_threshold(x[:0], truth(x)[:0])
+    with pytest.raises(PartError, match=r"one label per input, shape \(60,\), not \(59,\)"):
+        made(x, truth(x)[1:])
+    with pytest.raises(PartError, match=r"user has one boolean per input, shape \(60,\), not \(59,\) of torch.bool"):
+        made(x, user=truth(x)[1:] == 0)
     with pytest.raises(ValueError, match="steps and batch_size"):
         made.customise((x, truth(x)), (x, truth(x)), steps=0)

@@ -210,7 +210,15 @@ def test_wrong_input():
     assert made(x[:0], environment[:0]).shape == (0, 3)
     with pytest.raises(PartError, match="environments 0 to 4, and the input is from 1 to 5"):
         made(x, environment.clamp(1) + (environment == 4))
-    with pytest.raises(PartError, match="an environment's number and 2 values, not 2 columns"):
+    with pytest.raises(PartError, match=r"x is \(rows, 2\), not \(20, 3\)"):
+        made(torch.cat([x, x[:, :1]], 1), environment)
+    with pytest.raises(PartError, match="there are the experts 0 to 2, not 3"), made.only(3):
+        pass
+    model = BACKBONES["environments"](2, 3, environments=5)
+    for environments, targets, message in [(0, 4, "got 0, 4 and 4"), (1, 3, "got 1, 4 and 3")]:
+        with pytest.raises(PartError, match=f"at least 1 environment and one target per input are due, {message}"):
+            adapt(model, torch.zeros(4, 3), torch.zeros(targets, 3), F.mse_loss, environments)
+    with pytest.raises(PartError, match=r"an environment's number and 2 values, not the shape \(4, 2\)"):
         BACKBONES["environments"](2, 3, environments=5)(torch.zeros(4, 2))
     with pytest.raises(PartError, match="cannot be split"):
         BACKBONES["environments"](2, 3, environments=5, context=7, split_context=True)

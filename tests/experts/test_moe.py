@@ -303,6 +303,20 @@ def test_contracts_of_settings_that_the_contract_tests_do_not_reach(settings):
         check(Case(MoE, settings))
 
 
+def test_wrong_input_meets_one_sentence():
+    m, x = layer(), tokens(6).view(2, 3, D)
+    with pytest.raises(PartError, match=r"x is \(..., 8\), not \(2, 3, 7\)"):
+        m(x[..., 1:])
+    for mask, given in [(torch.ones(3, 2).bool(), r"\(3, 2\) of torch.bool"), (torch.ones(2, 3), r"\(2, 3\) of torch.float32")]:
+        with pytest.raises(PartError, match=rf"mask has one boolean per token, shape \(2, 3\), not {given}"):
+            m.route(x, mask, {})
+
+
+def test_padding_alone_may_hold_anything():
+    x = torch.full((2, 3, D), float("nan"), dtype=torch.float64)
+    assert torch.equal(layer()(x, torch.zeros(2, 3, dtype=torch.bool)), torch.zeros_like(x))
+
+
 def test_no_tokens():
     y = layer()(torch.zeros(0, D, dtype=torch.float64))
     assert y.shape == (0, D)

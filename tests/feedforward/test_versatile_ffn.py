@@ -1,4 +1,5 @@
 import copy
+import inspect
 import math
 
 import pytest
@@ -599,6 +600,34 @@ def test_from_dense_says_what_it_cannot_take(given, message):
 def test_wrong_arguments(expression, message):
     with pytest.raises(PartError, match=message):
         build(expression, "feedforward", d_model=16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"d_model": 0}, "d_model must be at least 1, got 0"),
+        ({"init_std": 0.0}, "init_std must be positive, got 0.0"),
+        ({"layout": "striped"}, "layout must be 'contiguous' or 'strided', got 'striped'"),
+        ({"path": "long"}, "path must be 'both', 'wide', 'deep' or 'fixed', got 'long'"),
+    ],
+)
+def test_wrong_arguments_of_the_class(settings, message):
+    init = inspect.unwrap(VersatileFFN.__init__)  # The annotation check of the test run comes before the class's own.
+    with pytest.raises(ValueError, match=message):
+        init(VersatileFFN.__new__(VersatileFFN), **({"d_model": 16} | settings))
+
+
+def test_wrong_inputs_meet_one_sentence():
+    m, (x, noise) = make(), inputs(2, 3)
+    forward = inspect.unwrap(VersatileFFN.forward)
+    for given, message in [
+        ((x[..., 1:],), rf"this layer was built for width {D}, not for inputs of shape \(2, 3, {D - 1}\)"),
+        ((x, torch.ones(2, 2, dtype=torch.bool)), r"mask has shape \(2, 3\) for these inputs, not \(2, 2\)"),
+        ((x, torch.ones(6, dtype=torch.bool)), r"mask has shape \(2, 3\) for these inputs, not \(6,\)"),
+        ((x, None, noise[..., 1:]), r"noise has shape \(2, 3, 3\) for these inputs, not \(2, 3, 2\)"),
+    ]:
+        with pytest.raises(PartError, match=message):
+            forward(m, *given)
 
 
 def test_other_activations():

@@ -298,6 +298,20 @@ def test_masked_rows_are_not_computed():
     torch.testing.assert_close(gate(grouped, x, scores), torch.func.functional_call(grouped, gate.weights(grouped, scores), (x,)))
 
 
+def test_layers_whose_weights_are_all_masked_hold_their_bias():
+    model = nn.Sequential(nn.Conv1d(1, 3, 1), nn.Conv1d(3, 40, 3), nn.Flatten(), nn.Linear(320, 4)).double()
+    gate = BlockSparsityGate(model, (1, 10), budget=0.3, selection="fractions")
+    scores = torch.full((1, len(gate.sizes)), 0.5, dtype=torch.float64)
+    scores[0, :3], scores[0, 3:6] = 1e-3, 1.0  # The first convolution and its bias: blocks of one element, all or nothing.
+    assert gate.select(scores)[:6].tolist() == [0, 0, 0, 1, 1, 1]
+    x = torch.randn(2, 1, 10, dtype=torch.float64)
+    found, wanted = gate(model, x, scores), torch.func.functional_call(model, gate.weights(model, scores), (x,))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    leaves = list(model.parameters())
+    grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (found, wanted)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
 def test_evaluation_uses_running_statistics_and_so_does_a_batch_of_one():
     model = net()
     gate = gate_for(model)
@@ -337,6 +351,12 @@ def test_wrong_use_meets_one_sentence():
     gate = BlockSparsityGate(model, (2, 4, 4))
     with pytest.raises(PartError, match="not those of the model that the gate was built for"):
         gate(nn.Linear(3, 3), batch())
+    many = len(gate.sizes)
+    for wrong in (torch.ones(1, many - 1), torch.ones(1, many + 1), torch.ones(2, many)):
+        with pytest.raises(PartError, match=rf"scores have shape \(1, {many}\) \(heads, blocks\), not \({len(wrong)}, "):
+            gate(model, batch(), wrong.double())
+    with pytest.raises(PartError, match=r"scores have shape \(2, "):
+        BlockSparsityGate(model, (2, 4, 4), transform=True)(model, batch(), torch.ones(1, many, dtype=torch.float64))
     for wrong in (batch()[:, :1], batch(0)):
         with pytest.raises(PartError, match=r"inputs of shape \(2, 4, 4\)"):
             gate(model, wrong)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 import torch
 
-from gatework.core import advance, losses, metrics
+from gatework.core import PartError, advance, losses, metrics
 from gatework.gates import OptFS
 
 
@@ -169,6 +170,9 @@ def test_wrong_use_meets_one_sentence():
             OptFS(**{"features": 7, **wrong})
     with pytest.raises(ValueError, match="the table has 5 rows, the gate 7 features"):
         OptFS(7).export(torch.zeros(5, 2))
+    for some in (IDS[:, 0], IDS[:, :1], IDS[None]):
+        with pytest.raises(PartError, match=r"rows of shape \(4, 3, 2\) have ids of shape \(4, 3\), not \("):
+            inspect.unwrap(OptFS.forward)(OptFS(7), rows(), some)  # The annotation check of the test run would come first.
     with pytest.raises(IndexError):
         OptFS(7)(rows(), IDS + 5)
 

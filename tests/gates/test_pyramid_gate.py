@@ -140,6 +140,7 @@ def test_wrong_inputs_meet_one_sentence():
     for some, inputs, message in [
         (part, [given[0], given[1][:, :, 1:], *given[2:]], r"one shape \(B, 8, H, W\)"),
         (part, [*given[:2], *given[:2]], r"a stream has shape \(B, 4, H, W\), not \(3, 8, 4, 3\)"),
+        (part, [*given[:2], *(x[:1] for x in given[2:])], "the level before has 1 examples and this one 3; they are levels of one"),
         (tokens, [*few[:2], *(x[:, 1:] for x in few[2:])], "the level before has 4 tokens and this one 5; make them equal first"),
     ]:
         with pytest.raises(PartError, match=message):
