@@ -210,6 +210,12 @@ class State:
             setattr(self, field.name, _select(getattr(self, field.name), index))
 
     @property
+    def batch_size(self) -> int:
+        """How many sequences it holds."""
+        sizes = (_rows(getattr(self, field.name)) for field in dataclasses.fields(self))
+        return next((size for size in sizes if size is not None), 0)
+
+    @property
     def keeps(self) -> bool:
         """Whether a call leaves something in it, so that it cannot be made a second time with the same state."""
         return True
@@ -228,6 +234,16 @@ def _select(value: Any, index: Tensor) -> Any:
     elif isinstance(value, list):
         return [_select(item, index) for item in value]
     return value
+
+
+def _rows(value: Any) -> int | None:
+    if isinstance(value, Tensor):
+        return value.shape[0]
+    if isinstance(value, State):
+        return value.batch_size
+    if isinstance(value, list):
+        return next((size for size in map(_rows, value) if size is not None), None)
+    return None
 
 
 def _nbytes(value: Any) -> int:

@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatework.core.contracts import No, SequenceMixer, State
+from gatework.core.errors import PartError
 from gatework.core.registry import register
-from gatework.mixers.base import KVCache, rotary_angles, rotate
+from gatework.mixers.base import KVCache, check_call, rotary_angles, rotate
 
 #: Least block of the sliding window's parallel form, and queries per step over kept tokens: large enough that a block's products
 #: outweigh its overhead.
@@ -125,8 +126,11 @@ class Attention(SequenceMixer):
         keep: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
+        if state is not None and not self.causal:
+            raise PartError("attention with causal=False sees later tokens: it cannot decode with a state")
+        check_call(self, self.d_model, x, state, KVCache, mask, segments, keep)
         length = x.shape[1]
-        cache = self._cache(state, segments)
+        cache = state if isinstance(state, KVCache) else None
         if cache is not None:
             positions = cache.positions(length, mask)
         elif mask is not None:
@@ -159,17 +163,6 @@ class Attention(SequenceMixer):
         queries = self._queries(x, cos, sin).transpose(1, 2)
         heads = self._attend(queries, keys, values, limits)
         return self.output(heads.transpose(1, 2), x)
-
-    def _cache(self, state: State | None, segments: Tensor | None) -> KVCache | None:
-        if state is None:
-            return None
-        if not isinstance(state, KVCache):
-            raise ValueError(f"{type(self).__name__} continues from its own init_state, not from a {type(state).__name__}")
-        if segments is not None:
-            raise ValueError("segments are for the parallel form: packed documents cannot be decoded with a state")
-        if not self.causal:
-            raise ValueError("attention with causal=False sees later tokens: it cannot decode with a state")
-        return state
 
     def _place(self, x: Tensor, norm: nn.RMSNorm | None, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """Norm and rotation of queries or keys (..., heads, K)."""

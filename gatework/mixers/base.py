@@ -1,4 +1,5 @@
-"""What softmax-attention mixers share: rotary positions and the key-value cache.
+"""What mixers share: the checks of what they are called with; for attention rotary positions and the key-value cache; for
+recurrent mixers padding, kept tokens and the short convolution.
 
 Rotary embedding: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv 2104.09864, eq. 34; the
 pairs are channel i and channel i + K/2 (the layout of Llama), so weights of those models fit.
@@ -6,13 +7,194 @@ pairs are channel i and channel i + K/2 (the layout of Llama), so weights of tho
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from gatework.core.contracts import State
+from gatework.core.contracts import SequenceMixer, State
+from gatework.core.errors import PartError
+
+
+def check_call(
+    mixer: SequenceMixer, d_model: int, x: Tensor, state: State | None, state_type: type[State] | None, mask: Tensor | None,
+    segments: Tensor | None, keep: Tensor | None,
+) -> None:
+    """Refuse what a mixer of width ``d_model`` cannot be called with.
+
+    Raises:
+        PartError: x of another shape than (B, T, d_model), a mask or ``keep`` that is not one bool per token, ``segments`` that
+            are not one whole number per token, a state that is not the mixer's or of another batch, a state beside ``segments``.
+    """
+    name = type(mixer).__name__
+    if x.dim() != 3 or x.shape[-1] != d_model:
+        raise PartError(f"{name} was built for inputs of shape (batch, time, {d_model}), not {tuple(x.shape)}")
+    for what, given in (("mask", mask), ("keep", keep)):
+        if given is not None and (given.shape != x.shape[:2] or given.dtype != torch.bool):
+            wanted = tuple(x.shape[:2])
+            raise PartError(f"{what} has one bool per token, shape {wanted}, not {tuple(given.shape)} of {given.dtype}")
+    if segments is not None and (segments.shape != x.shape[:2] or segments.is_floating_point()):
+        wanted = tuple(x.shape[:2])
+        raise PartError(f"segments has one whole number per token, shape {wanted}, not {tuple(segments.shape)} of {segments.dtype}")
+    if state is None:
+        return
+    if state_type is None or not isinstance(state, state_type):
+        raise PartError(f"{name} continues from its own init_state, not from a {type(state).__name__}")
+    if segments is not None:
+        raise PartError("segments are for the parallel form: packed documents cannot be decoded with a state")
+    if state.batch_size != len(x):
+        raise PartError(f"the state holds {state.batch_size} sequences and the input {len(x)}: they are rows of one batch")
+
+
+class RecurrentMixer(SequenceMixer):
+    """A causal mixer whose decoding state has one size, whatever the length.
+
+    A method writes :meth:`mix`, and :meth:`output` for what happens to each token alone at its end. ``forward`` refuses wrong
+    input, and moves the real tokens of each row to its front, so that padding is only ever behind them, and back.
+    """
+
+    state_type: ClassVar[type[State]]
+    d_model: int
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: State | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+        keep: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
+        check_call(self, self.d_model, x, state, self.state_type, mask, segments, keep)
+        if mask is None:
+            return self.mix(x, state, None, segments, _places(keep))
+        order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        place = torch.arange(x.shape[1], device=x.device)
+        count = mask.sum(1, keepdim=True)
+        real = place < count
+        x = x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0)
+        if segments is not None:
+            # Padding belongs to its row's last document.
+            segments = segments.gather(1, order.gather(1, place.minimum((count - 1).clamp(min=0))))
+        if keep is not None:
+            keep = keep.gather(1, order)
+        y = self.mix(x, state, real, segments, _places(keep))
+        return torch.empty_like(y).scatter(1, order[..., None].expand_as(y), y)
+
+    @abstractmethod
+    def mix(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: State | None,
+        real: Bool[Tensor, "B T"] | None,
+        segments: Int[Tensor, "B T"] | None,
+        kept: Int[Tensor, "N"] | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Mix sequences whose padding, all zeros, is at their ends.
+
+        Args:
+            x: tokens.
+            state: an instance of ``state_type`` to continue from and to update, of which padding changes nothing.
+            real: True for the real tokens, the first of each row; None where all are.
+            segments: ids of packed documents, where there is no state.
+            kept: flat places (b T + t) of the tokens whose outputs are wanted, the others' being 0; None for all.
+        """
+
+    def output(self, o: Float[Tensor, "*B V"], x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """What the mixer returns for the tokens ``x``, from what it has read for them, ``o``."""
+        raise NotImplementedError
+
+    def outputs(
+        self, o: Float[Tensor, "B T *V"], x: Float[Tensor, "B T D"], kept: Int[Tensor, "N"] | None
+    ) -> Float[Tensor, "B T D"]:
+        """:meth:`output` of the kept tokens, 0 elsewhere."""
+        if kept is None:
+            return self.output(o, x)
+        return put(self.output(take(o, kept), take(x, kept)), kept, x.shape[:2])
+
+
+def _places(keep: Tensor | None) -> Tensor | None:
+    return None if keep is None else keep.flatten().nonzero()[:, 0]
+
+
+def take(x: Float[Tensor, "B T *rest"], kept: Int[Tensor, "N"]) -> Float[Tensor, "N *rest"]:
+    """The tokens at the flat places ``kept``."""
+    return x.flatten(0, 1).index_select(0, kept)
+
+
+def put(rows: Float[Tensor, "N *rest"], kept: Int[Tensor, "N"], shape: torch.Size) -> Float[Tensor, "B T *rest"]:
+    """Zeros of ``shape`` (B, T) tokens with ``rows`` at the flat places ``kept``."""
+    return rows.new_zeros(shape.numel(), *rows.shape[1:]).index_copy(0, kept, rows).unflatten(0, shape)
+
+
+def of_kept(layer: nn.Module, x: Float[Tensor, "B T D"], kept: Int[Tensor, "N"] | None) -> Float[Tensor, "B T *rest"]:
+    """``layer(x)`` for the kept tokens, 0 elsewhere."""
+    y: Tensor = layer(x) if kept is None else put(layer(take(x, kept)), kept, x.shape[:2])
+    return y
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution of each channel over ``width`` tokens, then SiLU: ``y_t = silu(sum_j w_j x_{t - width + 1 + j})``.
+
+    Args:
+        channels: C.
+        width: tokens that an output sees, its own being the last (weight ``w[:, -1]``).
+
+    Initialisation: uniform up to ``width**-0.5``, as PyTorch's convolutions start.
+    """
+
+    def __init__(self, channels: int, width: int = 4) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"the width of a short convolution must be at least 1, got {width}")
+        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-(width**-0.5), width**-0.5))
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"{self.weight.shape[0]}, width={self.weight.shape[1]}"
+
+    def init_tail(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> Float[Tensor, "B W C"]:
+        """What an empty sequence has behind it: zeros for ``width - 1`` tokens."""
+        channels, width = self.weight.shape
+        return torch.zeros(batch_size, width - 1, channels, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        tail: Float[Tensor, "B W C"] | None = None,
+        real: Bool[Tensor, "B T"] | None = None,
+        segments: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B W C"]]:
+        """The outputs, and the last ``width - 1`` real inputs, for the next call.
+
+        Args:
+            x: inputs.
+            tail: the inputs before them; None is zeros.
+            real: True for real tokens, the first of each row; None where all are.
+            segments: ids of packed documents, which do not see each other.
+        """
+        before, length = self.weight.shape[1] - 1, x.shape[1]
+        tail = x.new_zeros(len(x), before, x.shape[2]) if tail is None else tail.to(x.dtype)
+        padded = torch.cat([tail, x], 1)
+        weight = self.weight.to(x.dtype)
+        y = x * weight[:, -1]
+        for back in range(1, before + 1):
+            seen = padded[:, before - back : before - back + length]
+            if segments is not None:
+                same = torch.zeros_like(segments, dtype=torch.bool)
+                same[:, back:] = segments[:, back:] == segments[:, :-back]
+                seen = seen * same[..., None]
+            y = torch.addcmul(y, seen, weight[:, -1 - back])
+        if real is None:
+            tail = padded[:, length:]
+        else:
+            last = real.sum(1)[:, None] + torch.arange(before, device=x.device)
+            tail = padded.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
+        return F.silu(y), tail
 
 
 def rotary_angles(

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gatework.core.contracts import SequenceMixer, State
+from gatework.core.contracts import State
 from gatework.core.registry import register
+from gatework.mixers.base import RecurrentMixer, of_kept
 from gatework.ops.linear_recurrence import gated_linear_recurrence
 
 
@@ -33,7 +34,7 @@ class GLAState(State):
 
 
 @register("gla", paper="gla")
-class GatedLinearAttention(SequenceMixer):
+class GatedLinearAttention(RecurrentMixer):
     """Gated linear attention: a matrix state per head, decayed per key channel.
 
     ``forward(x (B, T, d_model)) -> (B, T, d_model)``; time and memory are linear in T, decoding keeps ``heads * K *
@@ -59,6 +60,8 @@ class GatedLinearAttention(SequenceMixer):
     Raises:
         ValueError: for widths that do not divide.
     """
+
+    state_type = GLAState
 
     def __init__(
         self,
@@ -96,42 +99,31 @@ class GatedLinearAttention(SequenceMixer):
         shown = f"d_model={self.d_model}, heads={self.heads}, K={self.key_width // self.heads}, V={self.value_width // self.heads}"
         return f"{shown}, normalizer={self.normalizer}, chunk={self.chunk}"
 
-    def forward(
+    def mix(
         self,
         x: Float[Tensor, "B T D"],
-        state: State | None = None,
-        mask: Bool[Tensor, "B T"] | None = None,
-        segments: Int[Tensor, "B T"] | None = None,
-        keep: Bool[Tensor, "B T"] | None = None,
+        state: State | None,
+        real: Bool[Tensor, "B T"] | None,
+        segments: Int[Tensor, "B T"] | None,
+        kept: Int[Tensor, "N"] | None,
     ) -> Float[Tensor, "B T D"]:
-        """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
-        if state is not None and segments is not None:
-            raise ValueError("segments belong to the training form: feed packed documents without a state")
+        """Mix the sequence; see :class:`~gatework.mixers.base.RecurrentMixer`."""
         split = (self.heads, -1)
-        kept = None if keep is None else keep.flatten().nonzero()[:, 0]
         k, v = self.k_proj(x).unflatten(-1, split), self.v_proj(x).unflatten(-1, split)
         logits = self.decay_out(self.decay_in(x))
         log_decay = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / self.normalizer
         log_decay = log_decay.unflatten(-1, split)
-        if mask is not None:
-            k, v, log_decay = (t * mask[..., None, None] for t in (k, v, log_decay))
-        if kept is None:
-            q = self.q_proj(x)
-        else:
-            rows = self.q_proj(x.flatten(0, 1)[kept])
-            q = rows.new_zeros(x.shape[0] * x.shape[1], self.key_width).index_copy(0, kept, rows).unflatten(0, x.shape[:2])
+        if real is not None:
+            log_decay = log_decay.masked_fill(~real[..., None, None], 0)
+        q = of_kept(self.q_proj, x, kept).unflatten(-1, split)
         memory = state.memory if isinstance(state, GLAState) else None
-        o, memory = gated_linear_recurrence(
-            q.unflatten(-1, split), k, v, log_decay, state=memory, segments=segments, chunk=self.chunk
-        )
+        o, memory = gated_linear_recurrence(q, k, v, log_decay, state=memory, segments=segments, chunk=self.chunk)
         if isinstance(state, GLAState):
             state.memory = memory.to(state.memory.dtype)
-        if kept is None:
-            return self._output(o, x)
-        rows = self._output(o.flatten(0, 1)[kept], x.flatten(0, 1)[kept])
-        return rows.new_zeros(x.shape[0] * x.shape[1], self.d_model).index_copy(0, kept, rows).unflatten(0, x.shape[:2])
+        return self.outputs(o, x, kept)
 
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+    def output(self, o: Float[Tensor, "*B H V"], x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Norm, gate and output projection."""
         gate = F.silu(self.g_proj(x)).unflatten(-1, (self.heads, -1))
         out: Tensor = self.o_proj((self.norm(o.to(x.dtype)) * gate).flatten(-2))
         return out

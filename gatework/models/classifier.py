@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -122,10 +123,10 @@ class Classifier(nn.Module):
         for size in self.input_shape[1:]:
             if size % patch:
                 raise PartError(f"the input's side {size} is not divisible by patch {patch}")
-        d_model = context["d_model"]
-        tokens, width = 1, self.input_shape[0]
-        for size in self.input_shape[1:]:
-            tokens, width = tokens * (size // patch), width * patch
+        d_model, grid = context["d_model"], tuple(size // patch for size in self.input_shape[1:])
+        tokens, width = math.prod(grid), self.input_shape[0] * patch ** len(grid)
+        # What a mixer may need to know: how many tokens there are, and the rows and columns of a picture's.
+        context |= {"tokens": tokens} | ({"grid": grid} if len(grid) == 2 else {})
         self.patch = patch
         self.stem = nn.Linear(width, d_model)
         self.positions = nn.Parameter(torch.empty(tokens, d_model))

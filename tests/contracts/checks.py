@@ -10,18 +10,20 @@ import inspect
 import io
 import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
+import jaxtyping
 import torch
 import torch._inductor.config
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from gatework.core import Routing, advance, capability, losses, metrics
+from gatework.core import PartError, Routing, State, advance, capability, losses, metrics
 from gatework.core.cost import count_flops
 from gatework.core.registry import parameters
 
-from .parts import EXPERTS, MASKLESS, Case, alternatives, call, conditions, objective
+from .parts import EXPERTS, LENGTH, MASKLESS, Case, alternatives, call, conditions, objective
 
 #: Another order of the same sums, in float64.
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -77,6 +79,8 @@ def check_shapes_and_dtypes(case: Case) -> None:
             shapes += [(), (3,), (2, 1, 2, 3)]
         elif capability(part, "any_length"):
             shapes += [(1, length, width) for length in (2, 63, 64, 65, 130)]
+        else:
+            shapes = [(3, LENGTH, width), (1, LENGTH, width), (0, LENGTH, width)]
         for train in (False, True):
             part.train(train)
             for shape in shapes:
@@ -327,6 +331,42 @@ def check_causality(case: Case) -> None:
         close(call(part, later)[:, :t], y[:, :t], f"outputs before {t} with other inputs from {t} on", rtol=0, atol=1e-12)
         (grad,) = torch.autograd.grad(objective(y[:, :t]), x, retain_graph=True)
         close(grad[:, t:], torch.zeros_like(grad[:, t:]), f"gradient from before {t} to inputs from {t} on", rtol=0, atol=1e-12)
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """What a call that cannot be served says, without the annotation check of the test run, which would come first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        call()
+    except PartError as error:
+        return str(error)
+    except Exception as error:
+        return type(error).__name__
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    return ""
+
+
+def check_wrong_calls(case: Case) -> None:
+    """Shapes, masks and states that do not fit meet one sentence."""
+    part, x = case.new(), case.x(3)
+    real, ids = torch.ones(3, LENGTH, dtype=torch.bool), torch.zeros(3, LENGTH, dtype=torch.long)
+    wrong: list[tuple[Tensor, dict[str, Any], str]] = [
+        (x[..., 1:], {}, "inputs of shape"), (x[0], {}, "inputs of shape"),
+        (x, {"mask": real[:, 1:]}, "mask has one bool per token"), (x, {"mask": real.double()}, "mask has one bool per token"),
+        (x, {"keep": real[1:]}, "keep has one bool per token"), (x, {"segments": ids[:, 1:]}, "segments has one whole number"),
+        (x, {"state": State()}, "own init_state|sees later tokens"),
+    ]
+    if capability(part, "decodes"):
+        wrong += [
+            (x, {"state": part.init_state(2)}, "the state holds 2 sequences and the input 3"),
+            (x, {"state": part.init_state(3), "segments": ids}, "packed documents cannot be decoded"),
+        ]
+    if not capability(part, "any_length"):
+        wrong.append((x[:, 1:], {}, f"{LENGTH} tokens"))
+    for some, given, message in wrong:
+        said = refusal(lambda some=some, given=given: part(some, **given))
+        assert re.search(message, said), f"{said!r} does not say {message!r} of {sorted(given)}"
 
 
 def fed(part: Any, x: Tensor, pieces: list[int], state: Any = None, **settings: Tensor) -> Tensor:

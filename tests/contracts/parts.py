@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatework.core import Routing, advance, build, capability, entries, losses, metrics
+from gatework.core import CAPABILITIES, Routing, advance, build, capability, entries, losses, metrics
 from gatework.core.registry import parameters
 from gatework.depth.base import Block
 
-WIDTH, HEADS, EXPERTS, LAYERS = 16, 2, 4, 2
+#: LENGTH is that of mixers which run at one length only (an argument ``tokens``).
+WIDTH, HEADS, EXPERTS, LAYERS, LENGTH = 16, 2, 4, 2, 24
 #: Slots whose parts are modules from tensors to tensors.
 MODULES = ("activation", "channel_gate", "gate", "feedforward", "mixer", "depth")
 #: Those of them that take no mask.
@@ -44,7 +46,9 @@ class Case:
     def fresh(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
         """An instance as it is constructed."""
         torch.manual_seed(seed)
-        sizes: dict[str, Any] = {"d_model": WIDTH, "heads": HEADS, "n_experts": EXPERTS, "n_layers": LAYERS}
+        sizes: dict[str, Any] = {
+            "d_model": WIDTH, "heads": HEADS, "n_experts": EXPERTS, "n_layers": LAYERS, "tokens": LENGTH,
+        }
         known = parameters(self.cls)
         if "blocks" in known:
             sizes["blocks"] = [
@@ -67,7 +71,7 @@ class Case:
             metrics(part)
         return part.to(dtype).train(train)
 
-    def x(self, batch: int = 3, length: int = 24, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    def x(self, batch: int = 3, length: int = LENGTH, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
         """Inputs: (B, T, D), for a gate (B T, D)."""
         x = torch.randn(batch, length, self.width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
         return x.flatten(0, 1) if self.slot == "gate" else x
@@ -113,9 +117,12 @@ def cases(*slots: str, capable: str | None = None) -> list[Any]:
 
 
 def policies(capable: str | None = None) -> list[Any]:
-    """Every depth policy over every mixer that decodes."""
+    """Every depth policy over every mixer that decodes; slow but for attention, whose state grows, and gla, whose does not."""
     return [
-        pytest.param(Case(policy.cls, mixer=mixer.name), id=f"{policy.name}-{mixer.name}")
+        pytest.param(
+            Case(policy.cls, mixer=mixer.name), id=f"{policy.name}-{mixer.name}",
+            marks=() if mixer.name in ("attention", "gla") else pytest.mark.slow,
+        )
         for policy in entries("depth") for mixer in entries("mixer")
         if capability(mixer.cls, "decodes") and (capable is None or capability(policy.cls, capable))
     ]
@@ -148,16 +155,38 @@ def alternatives(cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def variants(*slots: str, capable: str | None = None) -> list[Any]:
-    """Like :func:`cases`, and each part once more for every argument changed alone (of those that fit the sizes)."""
+    """Like :func:`cases`, and each part again until every plain argument has had each of its values, as many changed in one
+    instance as fit together; each of them changed alone is a slow test."""
     found = cases(*slots, capable=capable)
     for entry in (entry for slot in slots for entry in entries(slot) if capable is None or capability(entry.cls, capable)):
-        for name, value in alternatives(entry.cls):
-            case = Case(entry.cls, {name: value})
-            try:
-                part = case.fresh()
-            except ValueError:
-                continue
-            if capable is not None and not capability(part, capable):
-                continue  # The argument takes the capability away.
-            found.append(pytest.param(case, id=f"{entry.name}({name}={value})"))
+        alone = [(name, value) for name, value in alternatives(entry.cls) if _fits(entry.cls, {name: value}, capable)]
+        left = alone
+        while left:
+            together: dict[str, Any] = {}
+            for name, value in left:
+                if name not in together and _fits(entry.cls, together | {name: value}, capable):
+                    together[name] = value
+            left = [(name, value) for name, value in left if (name, value) not in together.items()]
+            found.append(_variant(entry, together))
+        found += [_variant(entry, {name: value}, pytest.mark.slow) for name, value in alone]
     return found
+
+
+@functools.cache
+def _answers(cls: type, args: tuple[tuple[str, Any], ...]) -> Mapping[str, bool] | None:
+    """What an instance with these arguments can do; None where they do not fit each other or the sizes."""
+    try:
+        part = Case(cls, dict(args)).fresh()
+    except ValueError:
+        return None
+    return {name: bool(capability(part, name)) for name in CAPABILITIES}
+
+
+def _fits(cls: type, args: Mapping[str, Any], capable: str | None) -> bool:
+    answers = _answers(cls, tuple(args.items()))
+    return answers is not None and (capable is None or answers[capable])
+
+
+def _variant(entry: Any, args: Mapping[str, Any], *marks: Any) -> Any:
+    shown = ", ".join(f"{name}={value}" for name, value in args.items())
+    return pytest.param(Case(entry.cls, args), id=f"{entry.name}({shown})", marks=marks)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gatework.core import Activation, FeedForward, Gate, Routing, SequenceMixer, State, in_backward
 from gatework.depth import Stack
 from gatework.learners import Backprop
+from gatework.mixers.base import check_call
 from gatework.optim import Cosine
 from gatework.optim.base import Optimizer, check_numbers
 
@@ -93,6 +94,9 @@ class GoodMixer(SequenceMixer):
         self.query = nn.Linear(d_model, d_model)
         self.value = nn.Linear(d_model, d_model)
 
+    def check(self, x, state, mask, segments, keep):
+        check_call(self, WIDTH, x, state, SumState, mask, segments, keep)
+
     def weights(self, x, segments):
         """(B, T, T): who is added up for whom."""
         length = x.shape[1]
@@ -100,6 +104,7 @@ class GoodMixer(SequenceMixer):
         return w if segments is None else w * (segments[:, :, None] == segments[:, None, :])
 
     def forward(self, x, state=None, mask=None, segments=None, keep=None):
+        self.check(x, state, mask, segments, keep)
         v = self.value(x)
         if mask is not None:
             v = v * mask[..., None]
@@ -127,7 +132,7 @@ MODULE_CHECKS = [
 ]
 MIXER_CHECKS = [
     checks.check_causality, checks.check_decoding, checks.check_reordering, checks.check_state_bytes, checks.check_padding,
-    checks.check_packing, checks.check_keep,
+    checks.check_packing, checks.check_keep, checks.check_wrong_calls,
 ]
 
 
@@ -388,6 +393,16 @@ class MixesDocuments(GoodMixer):
         return super().weights(x, None)
 
 
+class TakesAnyMask(GoodMixer):
+    def check(self, x, state, mask, segments, keep):
+        check_call(self, WIDTH, x, state, SumState, None, segments, keep)
+
+
+class TakesAnyState(GoodMixer):
+    def check(self, x, state, mask, segments, keep):
+        check_call(self, WIDTH, x, None, None, mask, segments, keep)
+
+
 class KeepsAll(GoodMixer):
     def forward(self, x, keep=None, **settings):
         return super().forward(x, **settings)
@@ -475,6 +490,8 @@ class Step(Activation):
         (AddsPadding, checks.check_padding, "padded rows"),
         (AddsPaddingToItsState, checks.check_padding, "what row 0 decodes"),
         (MixesDocuments, checks.check_packing, "packed documents"),
+        (TakesAnyMask, checks.check_wrong_calls, "mask has one bool"),
+        (TakesAnyState, checks.check_wrong_calls, "own init_state"),
         (KeepsAll, checks.check_keep, "kept tokens"),
         (KeepsInVain, checks.check_keep, "costs as much"),
         (KeepsNoneInItsState, checks.check_keep, "outputs after pieces"),

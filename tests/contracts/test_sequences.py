@@ -13,6 +13,11 @@ def test_causality(case):
     checks.check_causality(case)
 
 
+@pytest.mark.parametrize("case", variants("mixer"))
+def test_wrong_calls_meet_one_sentence(case):
+    checks.check_wrong_calls(case)
+
+
 @pytest.mark.parametrize("case", variants("mixer", capable="decodes") + policies("decodes"))
 def test_whole_pieces_and_token_by_token(case):
     checks.check_decoding(case)

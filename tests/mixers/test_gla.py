@@ -117,5 +117,5 @@ def test_sizes_that_do_not_fit(settings, message):
 
 def test_segments_need_the_training_form():
     m = layer()
-    with pytest.raises(ValueError, match="without a state"):
+    with pytest.raises(ValueError, match="cannot be decoded with a state"):
         m(inputs(4), state=m.init_state(2), segments=torch.zeros(2, 4, dtype=torch.long))

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from gatework.core.errors import GateworkError
 
+#: The label of a place of a sequence that carries none.
+IGNORE = -100
+
 #: Inputs and targets.
 Batch = tuple[Tensor, Tensor]
 #: From a batch's inputs to the model's output.
@@ -59,6 +62,84 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
         """Loss and score of ``predict`` (inputs to outputs) on the fixed examples of a split."""
+
+
+class SequenceTask(Task):
+    """A task of made-up token sequences, fresh ones in every batch, some of whose places carry a label; the score is the share of
+    wrong answers at those.
+
+    A task writes :meth:`rows`. With ``extrapolate`` an evaluation also makes sequences of 2 and 4 times the length that the model
+    was trained on, and says the scores there as ``error_at_<length>``.
+
+    Args:
+        vocab_size: number of token ids, of the inputs and of the labels.
+        length: tokens of a training sequence.
+        extrapolate: whether to evaluate longer sequences too.
+    """
+
+    backbone = "decoder"
+    unit = "token"
+    score_name = "error"
+    score_unit = "share wrong"
+    lower_is_better = True
+
+    EVALUATION_ROWS: ClassVar[int] = 512
+    EVALUATION_BATCH: ClassVar[int] = 64
+    #: Lengths of an evaluation with ``extrapolate``, in training lengths.
+    MULTIPLES: ClassVar[tuple[int, ...]] = (1, 2, 4)
+
+    def __init__(self, vocab_size: int, length: int, extrapolate: bool = False) -> None:
+        self.vocab_size, self.length, self.extrapolate = vocab_size, length, extrapolate
+        # Seeds that no training stream uses: PyTorch's CPU generator takes the lower 32 bits of a seed, `batches` the lower 31.
+        self.fixed = {
+            (split, times): self.rows(
+                self.EVALUATION_ROWS, times * length, torch.Generator().manual_seed(2**31 + index + 2 * (times - 1))
+            )
+            for index, split in enumerate(("validation", "test")) for times in (self.MULTIPLES if extrapolate else (1,))
+        }
+        self.data_hash = digest(*(tensor for rows in self.fixed.values() for tensor in rows))
+
+    @abstractmethod
+    def rows(self, count: int, length: int, generator: torch.Generator) -> Batch:
+        """``count`` sequences of ``length`` tokens and their labels, both (count, length); :data:`IGNORE` where there is none."""
+
+    def model_arguments(self) -> dict[str, Any]:
+        """The vocabulary."""
+        return {"vocab_size": self.vocab_size}
+
+    def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
+        """Fresh sequences without end, (batch_size, length) each."""
+        generator = torch.Generator().manual_seed(seed % 2**31)
+        while True:
+            yield self.rows(batch_size, self.length, generator)
+
+    def units_per_batch(self, batch_size: int) -> int:
+        """Tokens shown."""
+        return batch_size * self.length
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy over the labels."""
+        return torch.nn.functional.cross_entropy(output.float().flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+
+    def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
+        """``loss`` (nats per label), ``accuracy`` and ``error`` (shares of the labels); ``error_at_<length>`` with
+        ``extrapolate``."""
+        said = self._evaluate(predict, self.fixed[split, 1], max_batches)
+        if self.extrapolate:
+            for times in self.MULTIPLES[1:]:
+                found = self._evaluate(predict, self.fixed[split, times], max_batches)
+                said[f"error_at_{times * self.length}"] = found["error"]
+        return said
+
+    def _evaluate(self, predict: Predict, rows: Batch, max_batches: int | None) -> dict[str, float]:
+        total, right, count = 0.0, 0, 0
+        for x, y in list(zip(*(tensor.split(self.EVALUATION_BATCH) for tensor in rows), strict=True))[:max_batches]:
+            asked = y != IGNORE
+            output, answers = predict(x).float()[asked], y[asked]
+            total += float(torch.nn.functional.cross_entropy(output, answers, reduction="sum"))
+            right += int((output.argmax(-1) == answers).sum())
+            count += len(answers)
+        return {"loss": total / count, "accuracy": right / count, "error": 1 - right / count}
 
 
 class ExampleTask(Task):

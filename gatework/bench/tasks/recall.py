@@ -5,19 +5,16 @@ The generator follows the released code, with the differences that :class:`Recal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from gatework.bench.tasks.base import Batch, Predict, Split, Task, digest
+from gatework.bench.tasks.base import IGNORE, Batch, SequenceTask
 from gatework.core.errors import GateworkError
 
-IGNORE = -100
 
-
-class Recall(Task):
+class Recall(SequenceTask):
     """Key-value pairs are shown, then each key once more: the model answers with its value; the score is the share of
     wrong answers.
 
@@ -34,17 +31,13 @@ class Recall(Task):
         length: tokens of a row, even.
         pairs: key-value pairs; 4 pairs fit into ``length``.
         alpha: exponent of the gaps' power law.
+        extrapolate: also evaluate at 2 and 4 times the length, with as many pairs, whose queries may then come later.
 
     Raises:
         GateworkError: for sizes that do not fit.
     """
 
     name = "recall"
-    backbone = "decoder"
-    unit = "token"
-    score_name = "error"
-    score_unit = "share wrong"
-    lower_is_better = True
     defaults: ClassVar[Mapping[str, Any]] = {
         "tokens": 1_000_000,
         "tune_tokens": 400_000,
@@ -54,10 +47,9 @@ class Recall(Task):
         "model": {"d_model": 64, "layers": 2, "heads": 2},
     }
 
-    EVALUATION_ROWS = 512
-    EVALUATION_BATCH = 64
-
-    def __init__(self, vocab_size: int = 128, length: int = 64, pairs: int = 8, alpha: float = 0.01) -> None:
+    def __init__(
+        self, vocab_size: int = 128, length: int = 64, pairs: int = 8, alpha: float = 0.01, extrapolate: bool = False
+    ) -> None:
         if vocab_size % 2 or length % 2:
             raise GateworkError(f"vocab_size {vocab_size} and length {length} must be even")
         if pairs < 1 or 4 * pairs > length:
@@ -66,59 +58,22 @@ class Recall(Task):
             raise GateworkError(f"{pairs} pairs need a vocabulary of at least {2 * pairs + 2}, got {vocab_size}")
         if alpha <= 0:
             raise GateworkError(f"alpha must be positive, got {alpha}")
-        self.vocab_size, self.length, self.pairs, self.alpha = vocab_size, length, pairs, alpha
-        # Seeds that no training stream uses: PyTorch's CPU generator takes the lower 32 bits of a seed, `batches` the
-        # lower 31.
-        self.fixed = {
-            split: self._rows(self.EVALUATION_ROWS, torch.Generator().manual_seed(2**31 + index))
-            for index, split in enumerate(("validation", "test"))
-        }
-        self.data_hash = digest(*(tensor for rows in self.fixed.values() for tensor in rows))
+        self.pairs, self.alpha = pairs, alpha
+        super().__init__(vocab_size, length, extrapolate)
 
-    def _rows(self, count: int, generator: torch.Generator) -> Batch:
+    def rows(self, count: int, length: int, generator: torch.Generator) -> Batch:
+        """Rows, and labels that are -100 where there is nothing to answer."""
         half, pairs = self.vocab_size // 2, self.pairs
         # A random order of the tokens 1 .. half-1 per row: the first are the keys, the rest may be noise.
         lower = torch.rand(count, half - 1, generator=generator).argsort(1) + 1
         keys, values = lower[:, :pairs], torch.rand(count, half, generator=generator).argsort(1)[:, :pairs] + half
         noise_tokens = torch.cat([lower[:, pairs:], torch.zeros(count, 1).long(), torch.arange(half).expand(count, -1) + half], 1)
-        draw = torch.randint(noise_tokens.shape[1], (count, self.length), generator=generator)
+        draw = torch.randint(noise_tokens.shape[1], (count, length), generator=generator)
         x = noise_tokens.gather(1, draw)
         x[:, 0 : 2 * pairs : 2], x[:, 1 : 2 * pairs : 2] = keys, values
-        places = (self.length - 2 * pairs) // 2
+        places = (length - 2 * pairs) // 2
         weights = self.alpha * torch.arange(1, places + 1, dtype=torch.float64) ** (self.alpha - 1)
         gaps = torch.multinomial(weights.expand(count, -1), pairs, generator=generator)
         queries = 2 * pairs + 2 * gaps
         y = torch.full_like(x, IGNORE)
         return x.scatter(1, queries, keys), y.scatter(1, queries, values)
-
-    def model_arguments(self) -> dict[str, Any]:
-        """The vocabulary."""
-        return {"vocab_size": self.vocab_size}
-
-    def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
-        """Fresh rows without end, (batch_size, length) each; labels are -100 where there is nothing to answer."""
-        generator = torch.Generator().manual_seed(seed % 2**31)
-        while True:
-            yield self._rows(batch_size, generator)
-
-    def units_per_batch(self, batch_size: int) -> int:
-        """Tokens shown."""
-        return batch_size * self.length
-
-    def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Mean cross-entropy over the queries."""
-        return torch.nn.functional.cross_entropy(output.float().flatten(0, 1), y.flatten(), ignore_index=IGNORE)
-
-    def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
-        """``loss`` (nats per query), ``accuracy`` and ``error`` (shares of the queries)."""
-        x, y = self.fixed[split]
-        total, right, count = 0.0, 0, 0
-        for index, (inputs, targets) in enumerate(zip(x.split(self.EVALUATION_BATCH), y.split(self.EVALUATION_BATCH), strict=True)):
-            if max_batches is not None and index >= max_batches:
-                break
-            asked = targets != IGNORE
-            output, answers = predict(inputs).float()[asked], targets[asked]
-            total += float(torch.nn.functional.cross_entropy(output, answers, reduction="sum"))
-            right += int((output.argmax(-1) == answers).sum())
-            count += len(answers)
-        return {"loss": total / count, "accuracy": right / count, "error": 1 - right / count}

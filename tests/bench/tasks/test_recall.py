@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gatework.bench.tasks import make_task
-from gatework.bench.tasks.recall import IGNORE
+from gatework.bench.tasks.base import IGNORE
 
 from .made import take, task
 
@@ -42,8 +42,8 @@ def test_most_queries_come_soon():
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**31 + 1, 2**32 + 1, 2**40])
 def test_no_training_seed_shows_the_evaluation_rows(seed):
     made = task("recall")
-    known = {row.numpy().tobytes() for split in ("validation", "test") for row in made.fixed[split][0]}
-    keys = {row[: 2 * made.pairs : 2].numpy().tobytes() for split in ("validation", "test") for row in made.fixed[split][0]}
+    known = {row.numpy().tobytes() for split in ("validation", "test") for row in made.fixed[split, 1][0]}
+    keys = {row[: 2 * made.pairs : 2].numpy().tobytes() for split in ("validation", "test") for row in made.fixed[split, 1][0]}
     assert len(known) == 2 * made.EVALUATION_ROWS
     for size in (32, 512):
         for x, _ in take(made, seed, size, 4):
@@ -53,7 +53,7 @@ def test_no_training_seed_shows_the_evaluation_rows(seed):
 
 def test_only_queries_are_scored():
     made = task("recall")
-    x, y = made.fixed["test"]
+    x, y = made.fixed["test", 1]
     books = {row.numpy().tobytes(): labels for row, labels in zip(x, y, strict=True)}
 
     def oracle(inputs):
@@ -64,4 +64,26 @@ def test_only_queries_are_scored():
     assert (scores["accuracy"], scores["error"]) == (1.0, 0.0)
     assert scores["loss"] < 1e-3
     assert made.loss(oracle(x), y).item() < 1e-3
-    assert torch.equal(x, make_task("recall").fixed["test"][0])
+    assert torch.equal(x, make_task("recall").fixed["test", 1][0])
+
+
+def test_longer_rows_hold_as_many_pairs_and_are_scored_by_their_length():
+    made = make_task("recall", length=32, pairs=4, extrapolate=True)
+    assert {key: rows[0].shape for key, rows in made.fixed.items()} == {
+        (split, times): (512, 32 * times) for split in ("validation", "test") for times in (1, 2, 4)
+    }
+    answers = {rows[0].numpy().tobytes(): rows[1] for (_, times), rows in made.fixed.items() if times == 2}
+    assert all(((y != IGNORE).sum(1) == 4).all() for y in answers.values())
+    sizes = []
+
+    def predict(x):
+        """Right up to 64 tokens, and never beyond."""
+        sizes.append(x.shape[1])
+        known = {row.numpy().tobytes(): label for rows in made.fixed.values() for row, label in zip(*rows, strict=True)}
+        y = torch.stack([known[row.numpy().tobytes()] for row in x])
+        return torch.nn.functional.one_hot(y.clamp(min=0) + (x.shape[1] > 64), made.vocab_size + 1).float()
+
+    said = made.evaluate(predict, "test")
+    assert (said["error"], said["error_at_64"], said["error_at_128"]) == (0, 0, 1)
+    assert sizes == [32] * 8 + [64] * 8 + [128] * 8
+    assert set(make_task("recall").evaluate(lambda x: torch.zeros(*x.shape, 128), "test")) == {"loss", "accuracy", "error"}
