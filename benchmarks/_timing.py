@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -12,13 +13,16 @@ import torch
 
 
 def interleaved(*sides: Callable[[], object], repeats: int = 15, warmup: int = 3) -> list[float]:
-    """Median seconds per call of each side, run in turn (A B A B ...), so that a drift of the machine hits all alike."""
+    """Median seconds per call of each side. All run once in every round, so that a drift of the machine hits all alike, in an order
+    drawn anew, so that none always finds the caches as the same other one has left them."""
     for _ in range(warmup):
         for side in sides:
             side()
     seconds: list[list[float]] = [[] for _ in sides]
+    order = random.Random(0)
     for _ in range(repeats):
-        for times, side in zip(seconds, sides, strict=True):
+        for which in order.sample(range(len(sides)), len(sides)):
+            times, side = seconds[which], sides[which]
             synchronize()
             start = time.perf_counter()
             side()

@@ -29,7 +29,7 @@ _LEAST_WORK = 2**22
 #: Elements of a weight that does not stay in the innermost caches.
 _LEAST_WEIGHT = 2**16
 #: Elements of a weight that one row meets faster by BLAS, on one thread.
-_SMALL_WEIGHT = 2**18
+_SMALL_WEIGHT = 2**17
 _AVAILABLE = torch.backends.mkldnn.is_available()
 
 
