@@ -11,9 +11,11 @@ from .parts import MODULES, cases
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", cases(*MODULES, capable="compiles"))
-def test_compiled_equals_eager_and_compiles_once(case):
-    checks.check_compilation(case)
+def test_compiled_equals_eager_and_compiles_once(case, backend):
+    """The graph is the part's affair, and is tested always; inductor makes code of it in the slow tests."""
+    checks.check_compilation(case, backend)
 
 
 @pytest.mark.parametrize("entry", [entry for slot in MODULES for entry in entries(slot)], ids=lambda entry: entry.name)
