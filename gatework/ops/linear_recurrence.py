@@ -1,32 +1,40 @@
 """The gated linear recurrence in chunks: one algorithm for every mixer with a decayed, rank-one-updated matrix state.
 
-Per head, with a state S (K x V), decays exp(la) <= 1 on the key axis and inputs q, k (K), v (V):
+Per head, with a state S (K x V), inputs q, k (K), v (V) and decays exp(la) <= 1 along one axis of S, or one for all of it:
 
-    S_t = diag(exp la_t) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
+    S_t = diag(exp la_t) S_{t-1} + k_t^T v_t    (keys)        o_t = scale * q_t S_t
+    S_t = S_{t-1} diag(exp la_t) + k_t^T v_t    (values)
 
 Chunked form (Yang et al., Gated Linear Attention, 2023, arXiv 2312.06635, section 4), with b the cumulative sum of la
-inside a chunk of length C:
+inside a chunk of length C; decays along the keys:
 
     o_i = (q_i e^{b_i}) S + sum_{j <= i} P_ij v_j        P_ij = sum_c q_ic k_jc e^{b_ic - b_jc}
     S  <- diag(e^{b_C}) S + (k e^{b_C - b})^T v
 
-Only differences b_i - b_j with i >= j are ever exponentiated, so every factor is at most 1. P is built by halving
-instead of the paper's one level of
-sub-blocks: inside every block of length m (C, C/2, ... down to 2 ``sub_chunk``) the later half's rows meet the
-    earlier half's columns by a plain matrix
-product about the reference row just before the later half, (q_I e^{b_I - ref}) (k_J e^{ref - b_J})^T; the blocks of
-``sub_chunk`` that remain on the diagonal are explicit (sub x sub x K) products. All blocks of a level, of all chunks,
-heads and sequences are one batched product; only the states pass from chunk to chunk in a loop.
+and along the values (the first pass of Zhang et al., Gated Slot Attention, 2024, arXiv 2409.07146):
 
-The backward pass is our own: it keeps q, k, v, b, P and the states at the chunks' borders, and gets the decays'
-gradient from d/db_t = q_t * dq_t - k_t * dk_t, which needs no K x V tensor per token.
+    o_i = (q_i S) e^{b_i} + sum_{j <= i} A_ij v_j e^{b_i - b_j}        A = q k^T
+    S  <- S diag(e^{b_C}) + k^T (v e^{b_C - b})
+
+Only differences b_i - b_j with i >= j are ever exponentiated, so every factor is at most 1. Both sums over j are built by
+halving instead of the paper's one level of sub-blocks: inside every block of length m (C, C/2, ... down to 2 ``sub_chunk``) the
+later half's rows meet the earlier half's columns by a plain matrix product about the reference row just before the later half,
+(q_I e^{b_I - ref}) (k_J e^{ref - b_J})^T; in the blocks of ``sub_chunk`` that remain on the diagonal the pairs are taken by their
+distance, element by element. All blocks of a level, of all chunks, heads and sequences are one batched product; only the states
+pass from chunk to chunk in a loop. With one decay per head, or none, e^{b_i - b_j} is one factor per pair, and the scores q k^T
+are one product.
+
+The backward pass is our own: it keeps q, k, v, b, the pairs' scores and the states at the chunks' borders, and gets the decays'
+gradient from d/db_t = q_t * dq_t - k_t * dk_t (keys) or o_t * do_t - v_t * dv_t (values), which need no K x V tensor per token.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -43,11 +51,12 @@ def gated_linear_recurrence(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
-    log_decay: Float[Tensor, "B T H K2"],
+    log_decay: Float[Tensor, "B T H D"] | None,
     *,
     state: Float[Tensor, "B H K V"] | None = None,
     segments: Int[Tensor, "B T"] | None = None,
     scale: float | None = None,
+    axis: Literal["keys", "values"] = "keys",
     chunk: int = 64,
     sub_chunk: int = 4,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
@@ -56,50 +65,57 @@ def gated_linear_recurrence(
     Args:
         q, k: queries and keys (B, T, H, K).
         v: values (B, T, H, V).
-        log_decay: logarithms of the decays, at most 0, (B, T, H, K), or (B, T, H, 1) for one decay per head.
+        log_decay: logarithms of the decays, at most 0: one per channel of ``axis``, (B, T, H, K) or (B, T, H, V), or one per
+            head, (B, T, H, 1), or None for no decay; the last two cost less.
         state: the state (B, H, K, V) before the first token; None is zero.
         segments: ids of packed documents (B, T), equal ids contiguous: the state is forgotten where the id changes.
             The given ``state`` then belongs to the first token's document.
         scale: factor on q; None is K^-1/2.
+        axis: which axis of the state the decays belong to.
         chunk, sub_chunk: lengths of a chunk and of the explicit blocks on its diagonal, powers of two.
 
     The outputs have v's dtype; inside, half precisions are computed in float32, and so is the state returned. Double
     backward is not supported.
 
     Raises:
-        ValueError: for chunk lengths that are not powers of two with ``sub_chunk <= chunk``.
+        ValueError: for chunk lengths that are not powers of two with ``sub_chunk <= chunk``, or decays of another width.
     """
     if chunk < 1 or chunk & (chunk - 1) or sub_chunk < 1 or sub_chunk & (sub_chunk - 1) or sub_chunk > chunk:
         raise ValueError(f"chunk {chunk} and sub_chunk {sub_chunk} must be powers of two with sub_chunk <= chunk")
+    if log_decay is not None and log_decay.shape[-1] not in (1, (k if axis == "keys" else v).shape[-1]):
+        raise ValueError(f"log_decay has one number per head or one per channel of the {axis}, not {log_decay.shape[-1]}")
     dtype = torch.promote_types(v.dtype, torch.float32)
     length, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
         # (B, T, H, *) -> (B, H, T, *), in the computing dtype and in that order: all products below are over T and K.
-        q, k, values, decay = (x.transpose(1, 2).to(dtype).contiguous() for x in (q * scale, k, v, log_decay.expand_as(k)))
+        queries, keys, values = (x.transpose(1, 2).to(dtype).contiguous() for x in (q if scale == 1 else q * scale, k, v))
+        decay = None if log_decay is None else log_decay.transpose(1, 2).to(dtype).contiguous()
         if state is None:
-            state = values.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+            state = values.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
         state = state.to(dtype)
-        recording = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, values, decay, state))
+        given = (queries, keys, values, state) if decay is None else (queries, keys, values, state, decay)
+        recording = torch.is_grad_enabled() and any(x.requires_grad for x in given)
         if length == 0:
-            return v.new_zeros(v.shape), state
+            return v.clone(), state
         if length <= STEP_LENGTH and not recording and segments is None:
-            out, state = _stepped(q, k, values, decay, state)
+            out, state = _stepped(queries, keys, values, decay, state, axis)
         else:
-            out, state = _chunked(q, k, values, decay, state, segments, chunk, sub_chunk)
+            out, state = _chunked(queries, keys, values, decay, state, segments, axis, chunk, sub_chunk)
         return out.transpose(1, 2).to(v.dtype), state
 
 
-def _stepped(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _stepped(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, axis: str) -> tuple[Tensor, Tensor]:
     outputs = []
-    factor = decay.exp()
+    factor = None if decay is None else decay.exp()[..., None, :] if axis == "values" else decay.exp()[..., None]
     for t in range(q.shape[2]):
-        state = factor[:, :, t, :, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        kept = state if factor is None else factor[:, :, t] * state
+        state = torch.addcmul(kept, k[:, :, t, :, None], v[:, :, t, None, :])
         outputs.append(q[:, :, t, None, :] @ state)
-    return torch.cat(outputs, 2), state
+    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], state
 
 
 def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, segments: Tensor | None, chunk: int, sub: int
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, segments: Tensor | None, axis: str, chunk: int, sub: int
 ) -> tuple[Tensor, Tensor]:
     length = q.shape[2]
     while chunk > sub and chunk // 2 >= length:
@@ -107,10 +123,11 @@ def _chunked(
     missing = -length % chunk
     if missing:
         # Padding with zeros (decay 1, no key) leaves the state as it is.
-        q, k, v, decay = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (q, k, v, decay))
+        q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
+        decay = None if decay is None else F.pad(decay, (0, 0, 0, missing))
         if segments is not None:
             segments = torch.cat([segments, segments[:, -1:].expand(-1, missing)], 1)
-    q, k, v, decay = (x.unflatten(2, (-1, chunk)) for x in (q, k, v, decay))
+    q, k, v = (x.unflatten(2, (-1, chunk)) for x in (q, k, v))
     same = carry = None
     if segments is not None:
         ids = segments.unflatten(1, (-1, chunk))[:, None]  # (B, 1, n, C)
@@ -120,25 +137,25 @@ def _chunked(
         carry = torch.stack([ids == before, ids == last, (last == before).expand_as(ids)]).to(q.dtype)
     # In stretches whose intermediate results caches hold: a long sequence is then not slower per token than a short one.
     stretch = max(1, STRETCH // chunk)
-    stretches = [x.split(stretch, 2) for x in (q, k, v, decay)]
-    same_parts, carry_parts = (
-        [None] * len(stretches[0]) if x is None else x.split(stretch, axis) for x, axis in ((same, 2), (carry, 3))
-    )
+    count = -(-q.shape[2] // stretch)
+    parts: list[Any] = [x.split(stretch, 2) for x in (q, k, v)]
+    cumulative = None if decay is None else decay.unflatten(2, (-1, chunk)).cumsum(3)
+    for some, dim in ((cumulative, 2), (same, 2), (carry, 3)):
+        parts.append([None] * count if some is None else some.split(stretch, dim))
     outputs = []
-    for *xs, b, same_part, carry_part in zip(*stretches, same_parts, carry_parts, strict=True):
-        out, state = _Chunks.apply(*xs, b.cumsum(3), state, same_part, carry_part, sub)
+    for *xs, b, same_part, carry_part in zip(*parts, strict=True):
+        if b is None or b.shape[-1] == 1:
+            out, state = _HeadDecay.apply(*xs, b, state, same_part, carry_part)
+        elif axis == "keys":
+            out, state = _KeyDecay.apply(*xs, b, state, same_part, carry_part, sub)
+        else:
+            out, state = _ValueDecay.apply(*xs, b, state, same_part, carry_part, sub)
         outputs.append(out)
     out = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
     return out.flatten(2, 3)[:, :, :length], state
 
 
-def _levels(chunk: int, sub: int) -> list[int]:
-    """The block lengths whose later half meets their earlier half by a matrix product."""
-    lengths = []
-    while chunk > sub:
-        lengths.append(chunk)
-        chunk //= 2
-    return lengths
+# Below, tensors are (B, H, n, C, *): n chunks of C tokens.
 
 
 def _halves(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -158,46 +175,91 @@ def _diagonal(matrix: Tensor, block: int) -> Tensor:
     return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
-def _scaled(q: Tensor, k: Tensor, b: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For one level: later queries and earlier keys about the reference row, and the factors that scaled them."""
-    early, late = _halves(b, block)
-    reference = early[..., -1:, :]
-    grow_q, grow_k = (late - reference).exp(), (reference - early).exp()
-    return _halves(q, block)[1] * grow_q, _halves(k, block)[0] * grow_k, grow_q, grow_k
+def _levels(b: Tensor, sub: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each block length whose later half meets its earlier half by a matrix product: the length, and the factors
+    e^{b - ref} of the later and e^{ref - b} of the earlier rows, about the last earlier row."""
+    block = b.shape[-2]
+    while block > sub:
+        early, late = _halves(b, block)
+        reference = early[..., -1:, :]
+        yield block, (late - reference).exp_(), (reference - early).exp_()
+        block //= 2
 
 
-def _pairs(b: Tensor, distance: int) -> Tensor:
-    """exp(b_i - b_(i - distance)) inside blocks (..., C/sub, sub, K): (..., C/sub, sub - distance, K)."""
-    return (b[..., distance:, :] - b[..., :-distance, :]).exp_()
+def _near(b: Tensor, sub: int) -> Iterator[tuple[int, Tensor]]:
+    """For each distance inside the blocks that remain: it, and e^{b_i - b_(i - distance)}, (..., C/sub, sub - distance, K)."""
+    blocks = b.unflatten(-2, (-1, sub))
+    for distance in range(1, sub):
+        yield distance, (blocks[..., distance:, :] - blocks[..., :-distance, :]).exp_()
 
 
-class _Chunks(torch.autograd.Function):
-    """The chunked form on (B, H, n, C, *) tensors; ``b`` is the cumulative log-decay inside each chunk."""
+Levels = Iterable[tuple[int, Tensor, Tensor]]
+Near = Iterable[tuple[int, Tensor]]
+
+
+def _scores(q: Tensor, k: Tensor, levels: Levels, near: Near, sub: int) -> Tensor:
+    """P_ij = sum_c q_ic k_jc e^{b_ic - b_jc} for j <= i, else 0: (..., C, C)."""
+    p = q.new_zeros(*q.shape[:-1], q.shape[-2])
+    for block, grow_q, grow_k in levels:
+        later, earlier = _halves(q, block)[1] * grow_q, _halves(k, block)[0] * grow_k
+        _corner(p, block).copy_(later @ earlier.transpose(-1, -2))
+    p.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+    queries, keys, diagonal = q.unflatten(-2, (-1, sub)), k.unflatten(-2, (-1, sub)), _diagonal(p, sub)
+    for distance, factor in near:
+        weighted = (queries[..., distance:, :] * factor).mul_(keys[..., :-distance, :])
+        diagonal.diagonal(-distance, -2, -1).copy_(weighted.sum(-1))
+    return p
+
+
+def _spread(
+    p: Tensor, levels: Levels, near: Near, sub: int, forth: tuple[Tensor, Tensor] | None, back: tuple[Tensor, Tensor] | None
+) -> None:
+    """Add what passes along the pairs j < i: for ``forth = (x, y)`` y_i += sum_j p_ij x_j e^{b_i - b_j}, for ``back = (x, y)``
+    y_j += sum_i p_ij x_i e^{b_i - b_j}."""
+    for block, grow_later, grow_earlier in levels:
+        corner = _corner(p, block)
+        if forth is not None:
+            x, y = forth
+            _halves(y, block)[1].addcmul_(corner @ (_halves(x, block)[0] * grow_earlier), grow_later)
+        if back is not None:
+            x, y = back
+            _halves(y, block)[0].addcmul_(corner.transpose(-1, -2) @ (_halves(x, block)[1] * grow_later), grow_earlier)
+    diagonal = _diagonal(p, sub)
+    for distance, factor in near:
+        weight = factor.mul_(diagonal.diagonal(-distance, -2, -1)[..., None])
+        if forth is not None:
+            x, y = (some.unflatten(-2, (-1, sub)) for some in forth)
+            y[..., distance:, :].addcmul_(weight, x[..., :-distance, :])
+        if back is not None:
+            x, y = (some.unflatten(-2, (-1, sub)) for some in back)
+            y[..., :-distance, :].addcmul_(weight, x[..., distance:, :])
+
+
+def _borders(b: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors between a chunk's rows and the states at its borders: e^b on what comes in, e^{b_C - b} on what goes out, and
+    e^{b_C} (..., 1, K) on what passes; 0 where the documents differ."""
+    end = b[..., -1:, :]
+    incoming, outgoing, passing = b.exp(), (end - b).exp_(), end.exp()
+    if carry is not None:
+        incoming, outgoing = incoming * carry[0][..., None], outgoing * carry[1][..., None]
+        passing = passing * carry[2][..., :1, None]
+    return incoming, outgoing, passing
+
+
+class _KeyDecay(torch.autograd.Function):
+    """Decays along the keys; ``b`` (B, H, n, C, K) is the cumulative log-decay inside each chunk."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, b: Tensor, state: Tensor, same: Tensor | None, carry: Tensor | None, sub: int
     ) -> tuple[Tensor, Tensor]:
-        chunk = q.shape[-2]
-        p = q.new_zeros(*q.shape[:-1], chunk)
-        for block in _levels(chunk, sub):
-            later_q, early_k, _, _ = _scaled(q, k, b, block)
-            _corner(p, block).copy_(later_q @ early_k.transpose(-1, -2))
-        p.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
-        queries, keys, blocks, diagonal = (*(x.unflatten(-2, (-1, sub)) for x in (q, k, b)), _diagonal(p, sub))
-        for near in range(1, sub):
-            weighted = _pairs(blocks, near).mul_(queries[..., near:, :]).mul_(keys[..., :-near, :])
-            diagonal.diagonal(-near, -2, -1).copy_(weighted.sum(-1))
+        p = _scores(q, k, _levels(b, sub), _near(b, sub), sub)
         if same is not None:
             p *= same
-        end = b[..., -1:, :]
-        incoming, outgoing, decay = q * b.exp(), k * (end - b).exp(), end.exp()
-        if carry is not None:
-            incoming, outgoing = incoming * carry[0][..., None], outgoing * carry[1][..., None]
-            decay = decay * carry[2][..., :1, None]
-        states = _pass(outgoing.transpose(-1, -2) @ v, decay.transpose(-1, -2), state)
+        incoming, outgoing, passing = _borders(b, carry)
+        states = _pass((k * outgoing).transpose(-1, -2) @ v, passing.transpose(-1, -2), state)
         out = p @ v
-        out += incoming @ states[:, :, :-1]
+        out += incoming.mul_(q) @ states[:, :, :-1]
         ctx.save_for_backward(q, k, v, b, p, states, same, carry)
         ctx.sub = sub
         return out, states[:, :, -1].clone()
@@ -206,64 +268,139 @@ class _Chunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, b, p, states, same, carry = ctx.saved_tensors
-        sub, chunk = ctx.sub, q.shape[-2]
-        end = b[..., -1:, :]
-        grow_q, grow_k, decay = b.exp(), (end - b).exp(), end.exp()
-        if carry is not None:
-            grow_q, grow_k = grow_q * carry[0][..., None], grow_k * carry[1][..., None]
-            decay = decay * carry[2][..., :1, None]
-        # Gradients of the states after each chunk, passed backwards; d_states[n] belongs to the state that chunk n
-        # leaves.
-        d_states = _pass_back((q * grow_q).transpose(-1, -2) @ d_out, decay.transpose(-1, -2), d_state)
+        incoming, outgoing, passing = _borders(b, carry)
+        # Gradients of the states after each chunk, passed backwards; d_states[n] belongs to the state that enters chunk n.
+        d_states = _pass_back((q * incoming).transpose(-1, -2) @ d_out, passing.transpose(-1, -2), d_state)
         d_after = d_states[:, :, 1:]
-        d_q = (d_out @ states[:, :, :-1].transpose(-1, -2)).mul_(grow_q)
-        d_k = (v @ d_after.transpose(-1, -2)).mul_(grow_k)
-        d_v = (k * grow_k) @ d_after
+        d_q = (d_out @ states[:, :, :-1].transpose(-1, -2)).mul_(incoming)
+        d_k = (v @ d_after.transpose(-1, -2)).mul_(outgoing)
+        d_v = (k * outgoing) @ d_after
         d_v += p.transpose(-1, -2) @ d_out
-        # The decay of a chunk's last row also scales the state that passes through, and all that the chunk adds to it.
-        d_b = q * d_q - k * d_k
-        d_end = (d_after * states[:, :, 1:]).sum(-1)
-
         d_p = d_out @ v.transpose(-1, -2)
         if same is not None:
             d_p *= same
-        for block in _levels(chunk, sub):
-            later_q, early_k, up_q, up_k = _scaled(q, k, b, block)
-            corner = _corner(d_p, block)
-            dq_level = (corner @ early_k).mul_(up_q)
-            dk_level = (corner.transpose(-1, -2) @ later_q).mul_(up_k)
-            _halves(d_q, block)[1].add_(dq_level)
-            _halves(d_k, block)[0].add_(dk_level)
-            _halves(d_b, block)[1].addcmul_(_halves(q, block)[1], dq_level)
-            _halves(d_b, block)[0].addcmul_(_halves(k, block)[0], dk_level, value=-1)
+        _spread(d_p, _levels(b, ctx.sub), _near(b, ctx.sub), ctx.sub, (k, d_q), (q, d_k))
+        d_b = (q * d_q).addcmul_(k, d_k, value=-1)
+        # The decay of a chunk's last row also scales the state that passes through, and all that the chunk adds to it.
+        d_b[..., -1, :] += (d_after * states[:, :, 1:]).sum(-1)
         own = d_p.diagonal(dim1=-2, dim2=-1)[..., None]  # A row's own key meets no decay.
-        d_q.addcmul_(own, k)
-        d_k.addcmul_(own, q)
-        queries, keys, blocks, diagonal = (*(x.unflatten(-2, (-1, sub)) for x in (q, k, b)), _diagonal(d_p, sub))
-        dq_blocks, dk_blocks, db_blocks = (x.unflatten(-2, (-1, sub)) for x in (d_q, d_k, d_b))
-        for near in range(1, sub):
-            query, key = queries[..., near:, :], keys[..., :-near, :]
-            weighted = _pairs(blocks, near).mul_(diagonal.diagonal(-near, -2, -1)[..., None])
-            dq_blocks[..., near:, :].addcmul_(weighted, key)
-            dk_blocks[..., :-near, :].addcmul_(weighted, query)
-            weighted.mul_(query).mul_(key)
-            db_blocks[..., near:, :].add_(weighted)
-            db_blocks[..., :-near, :].sub_(weighted)
-        d_b[..., -1, :] += d_end
+        return d_q.addcmul_(own, k), d_k.addcmul_(own, q), d_v, d_b, d_states[:, :, 0].clone(), None, None, None
+
+
+class _ValueDecay(torch.autograd.Function):
+    """Decays along the values; ``b`` (B, H, n, C, V) is the cumulative log-decay inside each chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, b: Tensor, state: Tensor, same: Tensor | None, carry: Tensor | None, sub: int
+    ) -> tuple[Tensor, Tensor]:
+        scores = q @ k.transpose(-1, -2)
+        if same is not None:
+            scores *= same
+        incoming, outgoing, passing = _borders(b, carry)
+        states = _pass(k.transpose(-1, -2) @ (v * outgoing), passing, state)
+        strict = (q @ states[:, :, :-1]).mul_(incoming)
+        _spread(scores, _levels(b, sub), _near(b, sub), sub, (v, strict), None)
+        own = scores.diagonal(dim1=-2, dim2=-1)[..., None]  # A row's own value meets no decay.
+        ctx.save_for_backward(q, k, v, b, scores, states, same, carry, strict)
+        ctx.sub = sub
+        return torch.addcmul(strict, own, v), states[:, :, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, b, scores, states, same, carry, strict = ctx.saved_tensors
+        sub = ctx.sub
+        incoming, outgoing, passing = _borders(b, carry)
+        d_incoming = d_out * incoming
+        d_states = _pass_back(q.transpose(-1, -2) @ d_incoming, passing, d_state)
+        d_after = d_states[:, :, 1:]
+        levels, near = list(_levels(b, sub)), list(_near(b, sub))
+        d_scores = _scores(d_out, v, levels, near, sub)
+        if same is not None:
+            d_scores *= same
+        d_q = d_scores @ k
+        d_q += d_incoming @ states[:, :, :-1].transpose(-1, -2)
+        d_k = d_scores.transpose(-1, -2) @ q
+        d_k += (v * outgoing) @ d_after.transpose(-1, -2)
+        d_v = (k @ d_after).mul_(outgoing)
+        _spread(scores, levels, near, sub, None, (d_out, d_v))
+        d_b = (d_out * strict).addcmul_(v, d_v, value=-1)
+        d_b[..., -1, :] += (d_after * states[:, :, 1:]).sum(-2)
+        d_v.addcmul_(scores.diagonal(dim1=-2, dim2=-1)[..., None], d_out)
         return d_q, d_k, d_v, d_b, d_states[:, :, 0].clone(), None, None, None
 
 
-def _pass(added: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+class _HeadDecay(torch.autograd.Function):
+    """One decay per head, ``b`` (B, H, n, C, 1) being its cumulative logarithm inside each chunk, or none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, state: Tensor, same: Tensor | None, carry: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        p = _pair_factors(b, same, q @ k.transpose(-1, -2))
+        incoming, outgoing, passing = _head_borders(b, carry)
+        states = _pass((k if outgoing is None else k * outgoing).transpose(-1, -2) @ v, passing, state)
+        out = p @ v
+        out += (q if incoming is None else q * incoming) @ states[:, :, :-1]
+        ctx.save_for_backward(q, k, v, b, p, states, same, carry)
+        return out, states[:, :, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, b, p, states, same, carry = ctx.saved_tensors
+        incoming, outgoing, passing = _head_borders(b, carry)
+        d_states = _pass_back((q if incoming is None else q * incoming).transpose(-1, -2) @ d_out, passing, d_state)
+        d_after = d_states[:, :, 1:]
+        d_q = d_out @ states[:, :, :-1].transpose(-1, -2)
+        d_k = v @ d_after.transpose(-1, -2)
+        d_v = (k if outgoing is None else k * outgoing) @ d_after
+        if incoming is not None and outgoing is not None:
+            d_q *= incoming
+            d_k *= outgoing
+        d_v += p.transpose(-1, -2) @ d_out
+        d_p = _pair_factors(b, same, d_out @ v.transpose(-1, -2))
+        d_q += d_p @ k
+        d_k += d_p.transpose(-1, -2) @ q
+        d_b = None
+        if b is not None:
+            # A row's own key, which meets no decay, cancels here.
+            d_b = (q * d_q).addcmul_(k, d_k, value=-1).sum(-1, keepdim=True)
+            d_b[..., -1, 0] += (d_after * states[:, :, 1:]).sum((-2, -1))
+        return d_q, d_k, d_v, d_b, d_states[:, :, 0].clone(), None, None
+
+
+def _pair_factors(b: Tensor | None, same: Tensor | None, scores: Tensor) -> Tensor:
+    """Multiplies, in place, the scores of the pairs j <= i by e^{b_i - b_j}, those of other pairs or documents by 0."""
+    if b is not None:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
+        scores *= (b - b.transpose(-1, -2)).masked_fill_(later, -torch.inf).exp_()
+    else:
+        scores.tril_()
+    return scores if same is None else scores.mul_(same)
+
+
+def _head_borders(b: Tensor | None, carry: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`_borders` of one decay per head, or of none: None where all factors are 1."""
+    if b is not None:
+        return _borders(b, carry)
+    return (None, None, None) if carry is None else (carry[0][..., None], carry[1][..., None], carry[2][..., :1, None])
+
+
+def _pass(added: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
     """States before each chunk and after the last, (B, H, n+1, K, V): S_{n+1} = decay_n S_n + added_n."""
     states = [state]
-    for new, factor in zip(added.unbind(2), decay.unbind(2), strict=True):
-        states.append(torch.addcmul(new, states[-1], factor))
+    factors = [None] * added.shape[2] if decay is None else decay.unbind(2)
+    for new, factor in zip(added.unbind(2), factors, strict=True):
+        states.append(states[-1] + new if factor is None else torch.addcmul(new, states[-1], factor))
     return torch.stack(states, 2)
 
 
-def _pass_back(added: Tensor, decay: Tensor, last: Tensor) -> Tensor:
+def _pass_back(added: Tensor, decay: Tensor | None, last: Tensor) -> Tensor:
     """The same from behind: D_n = decay_n D_{n+1} + added_n with D_N = last."""
     states = [last]
-    for new, factor in zip(reversed(added.unbind(2)), reversed(decay.unbind(2)), strict=True):
-        states.append(torch.addcmul(new, states[-1], factor))
+    factors = [None] * added.shape[2] if decay is None else decay.unbind(2)
+    for new, factor in zip(reversed(added.unbind(2)), reversed(factors), strict=True):
+        states.append(states[-1] + new if factor is None else torch.addcmul(new, states[-1], factor))
     return torch.stack(states[::-1], 2)

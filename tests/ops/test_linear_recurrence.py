@@ -13,23 +13,26 @@ from gatework.ops.linear_recurrence import gated_linear_recurrence
 B, H, K, V = 2, 3, 4, 5
 
 
-def reference(q, k, v, log_decay, state, scale):
+def reference(q, k, v, log_decay, state, scale, axis="keys"):
     """The recurrence, one token at a time."""
     outputs = []
     for t in range(q.shape[1]):
-        state = log_decay[:, t].exp()[..., None] * state + k[:, t][..., None] * v[:, t][..., None, :]
+        if log_decay is not None:
+            factor = log_decay[:, t].exp()
+            state = state * (factor[..., None] if axis == "keys" else factor[..., None, :])
+        state = state + k[:, t][..., None] * v[:, t][..., None, :]
         outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
     return torch.stack(outputs, 1), state
 
 
-def inputs(length: int, strength: float = 1.0, seed: int = 0):
+def inputs(length: int, strength: float = 1.0, seed: int = 0, decays: int = K):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     q, k, v = draw(B, length, H, K), draw(B, length, H, K), draw(B, length, H, V)
-    log_decay = -strength * torch.rand(B, length, H, K, dtype=torch.float64, generator=generator)
+    log_decay = -strength * torch.rand(B, length, H, decays, dtype=torch.float64, generator=generator)
     return [x.requires_grad_() for x in (q, k, v, log_decay, draw(B, H, K, V))]
 
 
@@ -40,6 +43,79 @@ def agree(xs, got, expected, atol):
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
     for a, b in zip(torch.autograd.grad(got, xs, upstream), torch.autograd.grad(expected, xs, upstream), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+#: Where the decays are: the axis, and how many there are per head; None for no decay at all.
+FORMS = [("keys", K), ("values", V), ("keys", 1), ("values", 1), ("keys", None)]
+
+
+def of_form(decays: int | None, length: int, strength: float = 1.0):
+    """Inputs, and those of them that have gradients."""
+    xs = inputs(length, strength, decays=decays or 1)
+    if decays is None:
+        xs[3] = None
+    return xs, [x for x in xs if x is not None]
+
+
+@pytest.mark.parametrize("length", [1, 3, 17, 64, 130])
+@pytest.mark.parametrize("chunk", [64, 16, 4])
+@pytest.mark.parametrize(("axis", "decays"), FORMS)
+def test_every_place_of_the_decays_with_all_gradients(axis, decays, chunk, length):
+    xs, leaves = of_form(decays, length)
+    got = gated_linear_recurrence(*xs[:4], state=xs[4], scale=0.7, axis=axis, chunk=chunk)
+    agree(leaves, got, reference(*xs, 0.7, axis), 1e-10)
+
+
+@pytest.mark.parametrize("strength", [0.0, 30.0, 1e4])
+@pytest.mark.parametrize(("axis", "decays"), FORMS[:-1])
+def test_extreme_decays_in_every_place(axis, decays, strength):
+    xs, leaves = of_form(decays, 70, strength)
+    agree(leaves, gated_linear_recurrence(*xs[:4], state=xs[4], scale=1.0, axis=axis), reference(*xs, 1.0, axis), 1e-9)
+
+
+@pytest.mark.parametrize("stretch", [16, 1024])
+@pytest.mark.parametrize(("axis", "decays"), FORMS)
+def test_packed_documents_with_decays_in_every_place(monkeypatch, axis, decays, stretch):
+    monkeypatch.setattr(linear_recurrence, "STRETCH", stretch)
+    xs, leaves = of_form(decays, 45)
+    edges = [0, 1, 17, 33, 45]
+    segments = torch.cat([torch.full((B, b - a), i) for i, (a, b) in enumerate(pairwise(edges))], 1)
+    got, got_state = gated_linear_recurrence(*xs[:4], state=xs[4], segments=segments, chunk=16, scale=1.0, axis=axis)
+    state, parts = xs[4], []
+    for a, b in pairwise(edges):
+        parts.append(reference(*(None if x is None else x[:, a:b] for x in xs[:4]), state, 1.0, axis))
+        state = torch.zeros_like(state)
+    agree(leaves, (got, got_state), (torch.cat([o for o, _ in parts], 1), parts[-1][1]), 1e-10)
+
+
+@pytest.mark.parametrize(("axis", "decays"), FORMS)
+def test_steps_equal_chunks(axis, decays):
+    xs, _ = of_form(decays, 9)
+    with torch.no_grad():
+        whole, end = gated_linear_recurrence(*xs[:4], state=xs[4], axis=axis)
+        state, outputs = xs[4], []
+        for t in range(9):
+            out, state = gated_linear_recurrence(
+                *(None if x is None else x[:, t : t + 1] for x in xs[:4]), state=state, axis=axis
+            )
+            outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state, end, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("axis", "decays"), FORMS)
+def test_gradcheck_in_every_place(axis, decays):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 6, 1, 2), (1, 6, 1, 2), (1, 6, 1, 3), (1, 1, 2, 3)]
+    xs = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    if decays is not None:
+        width = {K: 2, V: 3, 1: 1}[decays]
+        xs.append((-torch.rand(1, 6, 1, width, dtype=torch.float64, generator=generator)).requires_grad_())
+
+    def run(q, k, v, state, decay=None):
+        return gated_linear_recurrence(q, k, v, decay, state=state, axis=axis, chunk=4, sub_chunk=2)
+
+    assert torch.autograd.gradcheck(run, xs)
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 64, 65, 130])
@@ -106,9 +182,15 @@ def test_one_decay_per_head_is_broadcast():
     one = decay[..., :1].detach().requires_grad_()
     got, _ = gated_linear_recurrence(q, k, v, one, scale=1.0)
     expected, _ = gated_linear_recurrence(q, k, v, one.expand_as(k), scale=1.0)
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     got.sum().backward()
     assert one.grad.shape == one.shape
+
+
+def test_decays_of_another_width_are_refused():
+    q, k, v, decay, _ = inputs(5)
+    with pytest.raises(ValueError, match="one per channel of the values, not 4"):
+        gated_linear_recurrence(q, k, v, decay, axis="values")
 
 
 def test_linear_in_v():
