@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gatework.core.contracts import SequenceMixer, State
 from gatework.core.errors import PartError
@@ -179,22 +180,60 @@ class ShortConvolution(nn.Module):
         """
         before, length = self.weight.shape[1] - 1, x.shape[1]
         tail = x.new_zeros(len(x), before, x.shape[2]) if tail is None else tail.to(x.dtype)
-        padded = torch.cat([tail, x], 1)
-        weight = self.weight.to(x.dtype)
-        y = x * weight[:, -1]
-        for back in range(1, before + 1):
-            seen = padded[:, before - back : before - back + length]
-            if segments is not None:
-                same = torch.zeros_like(segments, dtype=torch.bool)
-                same[:, back:] = segments[:, back:] == segments[:, :-back]
-                seen = seen * same[..., None]
-            y = torch.addcmul(y, seen, weight[:, -1 - back])
-        if real is None:
-            tail = padded[:, length:]
+        y: Tensor = _Convolution.apply(x, self.weight.to(x.dtype), tail, segments)
+        if length == 0 or before == 0:
+            return y, tail
+        if real is not None:
+            last = real.sum(1)[:, None] + torch.arange(-before, 0, device=x.device)  # Negative: still in the old tail.
+            place = last[..., None].expand_as(tail)
+            tail = torch.where(place < 0, tail.gather(1, (place + before).clamp(max=before - 1)), x.gather(1, place.clamp(min=0)))
+        elif length < before:
+            tail = torch.cat([tail[:, length:], x], 1)
         else:
-            last = real.sum(1)[:, None] + torch.arange(before, device=x.device)
-            tail = padded.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
-        return F.silu(y), tail
+            tail = x[:, length - before :].clone()  # A view would keep all inputs in memory.
+        return y, tail
+
+
+class _Convolution(torch.autograd.Function):
+    """``silu(sum_j w_j x_{t - width + 1 + j})`` in one pass over the tokens per weight; keeps x and the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tail: Tensor, segments: Tensor | None) -> Tensor:
+        (before, length), weights = (tail.shape[1], x.shape[1]), weight.t().contiguous()
+        total = x * weights[-1]
+        for back in range(1, before + 1):
+            w, near = weights[before - back], min(back, length)
+            total[:, near:].addcmul_(_within(x[:, : length - near], segments, near), w)
+            if segments is None:
+                total[:, :near].addcmul_(tail[:, before - back : before - back + near], w)
+        ctx.save_for_backward(x, weight, tail, segments, total)
+        return F.silu(total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, tail, segments, total = ctx.saved_tensors
+        (before, length), weights = (tail.shape[1], x.shape[1]), weight.t().contiguous()
+        d_total = torch.ops.aten.silu_backward(d_out, total)
+        d_x, d_tail, d_weights = d_total * weights[-1], torch.zeros_like(tail), [(d_total * x).sum((0, 1))]
+        for back in range(1, before + 1):
+            w, near = weights[before - back], min(back, length)
+            later = _within(d_total[:, near:], segments, near)
+            d_x[:, : length - near].addcmul_(later, w)
+            d_w = (later * x[:, : length - near]).sum((0, 1))
+            if segments is None:
+                first, span = d_total[:, :near], slice(before - back, before - back + near)
+                d_tail[:, span].addcmul_(first, w)
+                d_w += (first * tail[:, span]).sum((0, 1))
+            d_weights.append(d_w)
+        return d_x, torch.stack(d_weights[::-1], 1), d_tail, None
+
+
+def _within(x: Tensor, segments: Tensor | None, distance: int) -> Tensor:
+    """Rows for pairs of tokens at this distance, 0 where the two belong to different documents."""
+    if segments is None:
+        return x
+    return x * (segments[:, distance:] == segments[:, : segments.shape[1] - distance])[..., None]
 
 
 def rotary_angles(
