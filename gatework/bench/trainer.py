@@ -49,7 +49,9 @@ def build_model(task: Any, variant: Variant, d_ff: int | None = None) -> nn.Modu
     """
     arguments = task.model_arguments() | variant.model | ({} if d_ff is None else {"d_ff": d_ff})
     try:
-        return BACKBONES[task.backbone](**arguments)
+        model: nn.Module = BACKBONES[task.backbone](**arguments)
+        task.check(model)
+        return model
     except GateworkError as error:
         raise type(error)(f"{_label(variant.name)}: {error}") from error
 

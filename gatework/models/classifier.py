@@ -28,7 +28,7 @@ class Classifier(nn.Module):
 
     Args:
         input_shape: (C, H, W) or (C, L), without the batch.
-        classes: number of classes.
+        classes: number of classes; 1 is the single output of a regression.
         backbone: which of the three.
         d_model: width.
         layers: number of blocks.
@@ -69,8 +69,8 @@ class Classifier(nn.Module):
             raise PartError(f"no backbone {backbone!r}; there are mlp, convnet, vit")
         if len(input_shape) not in (2, 3) or min(input_shape) < 1:
             raise PartError(f"input_shape is (channels, length) or (channels, height, width), not {tuple(input_shape)}")
-        if classes < 2 or layers < 1:
-            raise PartError(f"a classifier needs at least 2 classes and 1 layer, got {classes} and {layers}")
+        if classes < 1 or layers < 1:
+            raise PartError(f"a classifier needs at least 1 class and 1 layer, got {classes} and {layers}")
         places = {"mlp": {"activation", "feedforward"}, "convnet": {"activation"}, "vit": {"mixer", "feedforward", "depth"}}
         given = {"activation": activation, "mixer": mixer, "feedforward": feedforward, "depth": depth}
         for name, value in given.items():

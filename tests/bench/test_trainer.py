@@ -11,6 +11,9 @@ from gatework.bench import trainer, trial
 from gatework.bench.store import Plan
 from gatework.bench.study import define
 from gatework.bench.tasks import make_task
+from gatework.core import GateworkError
+from gatework.core.contracts import No
+from gatework.mixers import Attention
 from gatework.models import Decoder
 
 TASK = {"name": "text", "length": 16, "eval_tokens": 512}
@@ -276,6 +279,30 @@ def test_a_kept_model_reads_back(data, tmp_path):
     model, loaded, _ = load_model(path)
     assert loaded == study
     assert sum(p.numel() for p in model.parameters()) == record["cost"]["parameters"]
+
+
+class OneLength(Attention):
+    """Attention that says of itself that it runs at one length only."""
+
+    capabilities = Attention.capabilities | {"any_length": No("it has a table of its length")}
+
+
+def test_a_part_of_one_length_is_refused_where_longer_sequences_are_evaluated(data):
+    study, task = make(data)
+    variant = dataclasses.replace(study.resolved["mlp"], model=study.resolved["mlp"].model | {"mixer": OneLength})
+    assert trainer.build_model(task, variant)
+    _, longer = make(data, task=TASK | {"extrapolate": True})
+    assert trainer.build_model(longer, study.resolved["mlp"])
+    words = "variant 'mlp': extrapolate=true evaluates sequences longer than in training, which OneLength cannot run"
+    with pytest.raises(GateworkError, match=rf"{words} \(no: it has a table of its length\)$"):
+        trainer.build_model(longer, variant)
+
+
+def test_longer_sequences_are_in_the_record_and_change_nothing_else(data):
+    tasks = (TASK, TASK | {"extrapolate": True})
+    one, several = (trial.run(*make(data, task=task), plan(), FIT)["test"] for task in tasks)
+    assert set(several) - set(one) == {"loss_at_16", "loss_at_32", "loss_at_64"}
+    assert {name: several[name] for name in one} == one
 
 
 def test_decay_is_for_matrices(data):

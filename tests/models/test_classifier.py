@@ -55,7 +55,7 @@ def test_patches_are_the_pixels_of_each_square():
         ({"backbone": "mlp", "mixer": "gla"}, "'mixer' has no place"),
         ({"backbone": "vit", "patch": 3}, "not divisible by patch 3"),
         ({"backbone": "convnet", "d_model": 18}, "not divisible by 4"),
-        ({"classes": 1}, "at least 2 classes"),
+        ({"classes": 0}, "at least 1 class and 1 layer, got 0 and 2"),
     ],
 )
 def test_wrong_settings_meet_one_sentence(settings, message):

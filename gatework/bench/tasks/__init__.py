@@ -10,12 +10,17 @@ from gatework.bench.tasks.digits import Digits
 from gatework.bench.tasks.dynamical_systems import DynamicalSystems
 from gatework.bench.tasks.federated_digits import FederatedDigits
 from gatework.bench.tasks.image_regression import ImageRegression
+from gatework.bench.tasks.listops import ListOps, listops_eval
 from gatework.bench.tasks.mixture_regression import MixtureRegression
 from gatework.bench.tasks.mnist1d import MNIST1D
 from gatework.bench.tasks.multitask_digits import MultitaskDigits
 from gatework.bench.tasks.multitask_regression import MultitaskRegression
+from gatework.bench.tasks.parity import Parity
+from gatework.bench.tasks.pvr import PVR, boolean_influence, noise_stability
 from gatework.bench.tasks.ranking import Ranking
 from gatework.bench.tasks.recall import Recall
+from gatework.bench.tasks.s5_words import S5Words
+from gatework.bench.tasks.selective_copy import SelectiveCopy
 from gatework.bench.tasks.text import Text
 from gatework.core.errors import GateworkError
 from gatework.core.registry import _describe as describe
@@ -26,7 +31,7 @@ from gatework.core.registry import parameters, suggest
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (
         Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression, MixtureRegression, MultitaskRegression, MultitaskDigits,
-        FederatedDigits, DynamicalSystems, Ranking,
+        FederatedDigits, DynamicalSystems, Ranking, SelectiveCopy, ListOps, Parity, S5Words, PVR,
     )
 }
 
@@ -59,4 +64,7 @@ def make_task(name: str, **options: Any) -> Task:
     return cls(**options)
 
 
-__all__ = ["TASKS", "Batch", "Predict", "Split", "SupervisedTask", "Task", "make_task", "task_class"]
+__all__ = [
+    "TASKS", "Batch", "Predict", "Split", "SupervisedTask", "Task", "boolean_influence", "listops_eval", "make_task",
+    "noise_stability", "task_class",
+]

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gatework.core.errors import GateworkError
+from gatework.core.contracts import Part
+from gatework.core.errors import GateworkError, PartError
 
 #: The label of a place of a sequence that carries none.
 IGNORE = -100
+#: The lengths that ``extrapolate`` evaluates, in lengths of a training sequence.
+MULTIPLES = (1, 2, 4)
 
 #: Inputs and targets.
 Batch = tuple[Tensor, Tensor]
@@ -30,7 +33,8 @@ class Task(ABC):
     "example"), ``score_name`` the entry of :meth:`evaluate` that is reported, with its ``score_unit`` and direction.
     ``defaults`` is what a study of it takes where nothing is given: ``tokens`` and ``tune_tokens`` (in units of the budget),
     ``batch_size``, ``learning_rates``, ``baseline``, ``model`` and, where it is not ``params``, ``match``. ``data_hash`` identifies
-    the data and its split.
+    the data and its split. With ``extrapolate`` an evaluation also shows longer sequences than training does, and says its scores
+    at a length of n as ``<score>_at_<n>``.
     """
 
     name: ClassVar[str]
@@ -42,6 +46,19 @@ class Task(ABC):
     lower_is_better: ClassVar[bool]
 
     data_hash: str
+    extrapolate: bool = False
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that cannot be evaluated.
+
+        Raises:
+            PartError: with ``extrapolate``, for a part that runs at the length it was built for only.
+        """
+        parts = [part for part in model.modules() if isinstance(part, Part)] if self.extrapolate else []
+        for part in parts:
+            if not (answer := part.capabilities.get("any_length", True)):
+                name = type(part).__name__
+                raise PartError(f"extrapolate=true evaluates sequences longer than in training, which {name} cannot run ({answer})")
 
     @abstractmethod
     def model_arguments(self) -> dict[str, Any]:
@@ -69,7 +86,7 @@ class SequenceTask(Task):
     wrong answers at those.
 
     A task writes :meth:`rows`. With ``extrapolate`` an evaluation also makes sequences of 2 and 4 times the length that the model
-    was trained on, and says the scores there as ``error_at_<length>``.
+    was trained on, and says the errors there as ``error_at_<length>``, ``last_error_at_<length>``, ``row_error_at_<length>``.
 
     Args:
         vocab_size: number of token ids, of the inputs and of the labels.
@@ -85,8 +102,6 @@ class SequenceTask(Task):
 
     EVALUATION_ROWS: ClassVar[int] = 512
     EVALUATION_BATCH: ClassVar[int] = 64
-    #: Lengths of an evaluation with ``extrapolate``, in training lengths.
-    MULTIPLES: ClassVar[tuple[int, ...]] = (1, 2, 4)
 
     def __init__(self, vocab_size: int, length: int, extrapolate: bool = False) -> None:
         self.vocab_size, self.length, self.extrapolate = vocab_size, length, extrapolate
@@ -95,7 +110,7 @@ class SequenceTask(Task):
             (split, times): self.rows(
                 self.EVALUATION_ROWS, times * length, torch.Generator().manual_seed(2**31 + index + 2 * (times - 1))
             )
-            for index, split in enumerate(("validation", "test")) for times in (self.MULTIPLES if extrapolate else (1,))
+            for index, split in enumerate(("validation", "test")) for times in (MULTIPLES if extrapolate else (1,))
         }
         self.data_hash = digest(*(tensor for rows in self.fixed.values() for tensor in rows))
 
@@ -122,24 +137,30 @@ class SequenceTask(Task):
         return torch.nn.functional.cross_entropy(output.float().flatten(0, 1), y.flatten(), ignore_index=IGNORE)
 
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
-        """``loss`` (nats per label), ``accuracy`` and ``error`` (shares of the labels); ``error_at_<length>`` with
-        ``extrapolate``."""
+        """``loss`` (nats per label), ``accuracy`` and ``error`` (shares of the labels), ``last_error`` (share of the sequences
+        whose last label is missed) and ``row_error`` (of those with any label missed); with ``extrapolate`` the errors at each
+        length, that of training included."""
         said = self._evaluate(predict, self.fixed[split, 1], max_batches)
-        if self.extrapolate:
-            for times in self.MULTIPLES[1:]:
-                found = self._evaluate(predict, self.fixed[split, times], max_batches)
-                said[f"error_at_{times * self.length}"] = found["error"]
-        return said
+        if not self.extrapolate:
+            return said
+        every = [said, *(self._evaluate(predict, self.fixed[split, times], max_batches) for times in MULTIPLES[1:])]
+        return said | {
+            f"{name}_at_{times * self.length}": found[name]
+            for times, found in zip(MULTIPLES, every, strict=True) for name in ("error", "last_error", "row_error")
+        }
 
     def _evaluate(self, predict: Predict, rows: Batch, max_batches: int | None) -> dict[str, float]:
-        total, right, count = 0.0, 0, 0
+        total, labels, shown, right, last, whole = 0.0, 0, 0, 0, 0, 0
         for x, y in list(zip(*(tensor.split(self.EVALUATION_BATCH) for tensor in rows), strict=True))[:max_batches]:
             asked = y != IGNORE
-            output, answers = predict(x).float()[asked], y[asked]
-            total += float(torch.nn.functional.cross_entropy(output, answers, reduction="sum"))
-            right += int((output.argmax(-1) == answers).sum())
-            count += len(answers)
-        return {"loss": total / count, "accuracy": right / count, "error": 1 - right / count}
+            output = predict(x).float()
+            total += float(torch.nn.functional.cross_entropy(output[asked], y[asked], reduction="sum"))
+            hit = output.argmax(-1) == y  # Nowhere where there is no label.
+            end = (asked * torch.arange(1, y.shape[1] + 1)).argmax(1, keepdim=True)
+            labels, shown, right = labels + int(asked.sum()), shown + len(y), right + int(hit.sum())
+            last, whole = last + int(hit.gather(1, end).sum()), whole + int((hit == asked).all(1).sum())
+        shares = {"error": 1 - right / labels, "last_error": 1 - last / shown, "row_error": 1 - whole / shown}
+        return {"loss": total / labels, "accuracy": right / labels} | shares
 
 
 class ExampleTask(Task):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gatework.bench.tasks.base import Batch, Predict, Split, Task, digest
+from gatework.bench.tasks.base import MULTIPLES, Batch, Predict, Split, Task, digest
 from gatework.core.errors import GateworkError
 
 
@@ -27,6 +27,7 @@ class Text(Task):
         data: path of the file; None is the bundled Shakespeare (5 MB).
         length: bytes a window predicts.
         eval_tokens: about how many bytes an evaluation predicts.
+        extrapolate: also evaluate windows of 2 and 4 times the length, about as many bytes each.
 
     Raises:
         GateworkError: a file that is missing, a folder, empty, unreadable or too short for a window in every split.
@@ -51,21 +52,24 @@ class Text(Task):
     SHARES = (0.90, 0.95)
     EVALUATION_BATCH = 32
 
-    def __init__(self, data: str | None = None, length: int = 128, eval_tokens: int = 32768) -> None:
+    def __init__(
+        self, data: str | None = None, length: int = 128, eval_tokens: int = 32768, extrapolate: bool = False
+    ) -> None:
         if length < 2:
             raise GateworkError(f"length must be at least 2 bytes, got {length}")
-        if eval_tokens < length:
-            raise GateworkError(f"eval_tokens {eval_tokens} is less than one window of {length}")
+        longest = MULTIPLES[-1] * length if extrapolate else length
+        if eval_tokens < longest:
+            raise GateworkError(f"eval_tokens {eval_tokens} is less than one window of {longest}")
         raw = self._read(data)
-        self.length, self.eval_tokens = length, eval_tokens
+        self.length, self.eval_tokens, self.extrapolate = length, eval_tokens, extrapolate
         tokens = torch.from_numpy(np.frombuffer(raw, dtype=np.uint8).copy())
         first, second = (int(len(tokens) * share) for share in self.SHARES)
         self.splits = {"train": tokens[:first], "validation": tokens[first:second], "test": tokens[second:]}
         shortest = min(map(len, self.splits.values()))
-        if shortest < length + 1:
-            need = int((length + 1) / (1 - self.SHARES[1])) + 20
+        if shortest < longest + 1:
+            need = int((longest + 1) / (1 - self.SHARES[1])) + 20
             raise GateworkError(
-                f"{data or 'the text'} has {len(tokens)} bytes, too short for windows of {length}: at least {need} are needed"
+                f"{data or 'the text'} has {len(tokens)} bytes, too short for windows of {longest}: at least {need} are needed"
             )
         self.data_hash = digest(tokens)
 
@@ -110,17 +114,26 @@ class Text(Task):
         return torch.nn.functional.cross_entropy(output.float().flatten(0, 1), y.flatten())
 
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
-        """``loss`` in nats per byte and ``bits_per_byte``, over windows that are evenly spaced in the whole split."""
+        """``loss`` in nats per byte and ``bits_per_byte``, over windows that are evenly spaced in the whole split; with
+        ``extrapolate`` the loss over windows of each length as ``loss_at_<length>``, that of training included."""
+        loss = self._loss(predict, split, self.length, max_batches)
+        said = {"loss": loss, "bits_per_byte": loss / float(np.log(2))}
+        if self.extrapolate:
+            said[f"loss_at_{self.length}"] = loss
+            for length in (times * self.length for times in MULTIPLES[1:]):
+                said[f"loss_at_{length}"] = self._loss(predict, split, length, max_batches)
+        return said
+
+    def _loss(self, predict: Predict, split: Split, length: int, max_batches: int | None) -> float:
         tokens = self.splits[split]
-        count = min(self.eval_tokens // self.length, (len(tokens) - 1) // self.length)
+        count = min(self.eval_tokens // length, (len(tokens) - 1) // length)
         if max_batches is not None:
             count = min(count, max_batches * self.EVALUATION_BATCH)
-        starts = torch.arange(count)[:, None] * (len(tokens) - self.length - 1) // max(count - 1, 1)
-        windows = tokens[starts + torch.arange(self.length + 1)].long()
+        starts = torch.arange(count)[:, None] * (len(tokens) - length - 1) // max(count - 1, 1)
+        windows = tokens[starts + torch.arange(length + 1)].long()
         total = 0.0
         for batch in windows.split(self.EVALUATION_BATCH):
             x, y = batch[:, :-1], batch[:, 1:]
             output = predict(x).float().flatten(0, 1)
             total += float(torch.nn.functional.cross_entropy(output, y.flatten(), reduction="sum"))
-        loss = total / (len(windows) * self.length)
-        return {"loss": loss, "bits_per_byte": loss / float(np.log(2))}
+        return total / (len(windows) * length)

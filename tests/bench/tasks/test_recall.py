@@ -86,4 +86,6 @@ def test_longer_rows_hold_as_many_pairs_and_are_scored_by_their_length():
     said = made.evaluate(predict, "test")
     assert (said["error"], said["error_at_64"], said["error_at_128"]) == (0, 0, 1)
     assert sizes == [32] * 8 + [64] * 8 + [128] * 8
-    assert set(make_task("recall").evaluate(lambda x: torch.zeros(*x.shape, 128), "test")) == {"loss", "accuracy", "error"}
+    names = {"loss", "accuracy", "error", "last_error", "row_error"}
+    assert set(make_task("recall").evaluate(lambda x: torch.zeros(*x.shape, 128), "test")) == names
+    assert set(said) == names | {f"{name}_at_{n}" for name in ("error", "last_error", "row_error") for n in (32, 64, 128)}

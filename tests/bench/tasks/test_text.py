@@ -74,6 +74,41 @@ def test_evaluation_windows_are_evenly_spaced_over_the_split_and_do_not_overlap(
     assert torch.equal(windows[-1], split[-65:-1].long())
 
 
+def test_longer_windows_are_evaluated_alike_and_scored_by_their_length():
+    made = make_task("text", length=32, eval_tokens=3200, extrapolate=True)
+    seen = {}
+
+    def predict(x):
+        """Knows nothing, and is surer of it the longer the window."""
+        seen.setdefault(x.shape[1], []).append(x)
+        output = torch.zeros(*x.shape, 256)
+        output[..., 255] = x.shape[1] / 8
+        return output
+
+    said = made.evaluate(predict, "test")
+    split = made.splits["test"]
+    for length, count in ((32, 100), (64, 50), (128, 25)):
+        windows = torch.cat(seen[length])
+        starts = [i * (len(split) - length - 1) // (count - 1) for i in range(count)]
+        assert torch.equal(windows, torch.stack([split[start : start + length] for start in starts]).long())
+        assert said[f"loss_at_{length}"] == pytest.approx(math.log(255 + math.exp(length / 8)), rel=1e-5)
+    assert said["loss"] == said["loss_at_32"]
+    assert set(said) == {"loss", "bits_per_byte", "loss_at_32", "loss_at_64", "loss_at_128"}
+    plain = make_task("text", length=32, eval_tokens=3200)
+    assert plain.evaluate(predict, "test") == {"loss": said["loss"], "bits_per_byte": said["bits_per_byte"]}
+    assert plain.data_hash == made.data_hash
+
+
+def test_a_text_too_short_for_the_longest_windows_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 4000)
+    make_task("text", data=str(file), length=64, eval_tokens=256)
+    with pytest.raises(GateworkError, match=r"too short for windows of 256: at least \d+ are needed"):
+        make_task("text", data=str(file), length=64, eval_tokens=256, extrapolate=True)
+    with pytest.raises(GateworkError, match="eval_tokens 255 is less than one window of 256"):
+        make_task("text", data=str(file), length=64, eval_tokens=255, extrapolate=True)
+
+
 def test_a_short_split_is_evaluated_whole_without_overlap(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(bytes(range(240)))
