@@ -14,7 +14,7 @@ from typing import Any
 
 from gatework.bench.comparison import AXES, Comparison, finished
 from gatework.bench.formats import listed
-from gatework.bench.statistics import expected_best, mean_curve, mean_sd, pareto
+from gatework.bench.statistics import ALPHA, expected_best, mean_curve, mean_sd, paired, pareto
 
 #: How many colours the page has; more variants than that start again, with other symbols.
 COLOURS = 9
@@ -203,6 +203,62 @@ def _broken(comparison: Comparison, name: str, run: dict[str, Any], field: str) 
         line={"color": colour(comparison, name), "width": 1.5, "dash": "dash"}, marker={"symbol": "x-thin-open", "size": sizes},
         hovertemplate=f"seed {run['seed']} {run['status']}<br>%{{x:.4s}}<br>%{{y:.4f}}",
     )  # fmt: skip
+
+
+# Longer sequences
+
+
+def at_lengths(comparison: Comparison) -> dict[str, dict[str, dict[int, list[float]]]]:
+    """Test scores at several lengths of the sequences (``<score>_at_<length>`` in a record): by score (the study's own first),
+    variant and length, a number per finished final run."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for name in comparison.names:
+        for run in filter(finished, comparison.runs(name, "final")):
+            for key, value in (run.get("test") or {}).items():
+                score, at, length = key.rpartition("_at_")
+                if at and length.isdecimal():
+                    found.setdefault(score, {}).setdefault(name, {}).setdefault(int(length), []).append(float(value))
+    return dict(sorted(found.items(), key=lambda item: item[0] != comparison.study["score"]["name"]))
+
+
+def lengths(comparison: Comparison) -> list[Figure]:
+    """Each test score that was taken at several lengths, against the length, with 95% intervals over seeds."""
+    figures = []
+    for score, variants in at_lengths(comparison).items():
+        every = sorted({length for found in variants.values() for length in found})
+        several = any(len(values) > 1 for found in variants.values() for values in found.values())
+        data = []
+        for i, (name, found) in enumerate(variants.items()):
+            x = sorted(found)
+            aside = 1 + min(0.03, 0.24 / len(variants)) * (i - (len(variants) - 1) / 2)  # So that bars do not hide each other.
+            # The t interval of a mean is that of its difference from 0.
+            tests = [paired(found[length], [0.0] * len(found[length])) for length in x]
+            halves = [(ends[1] - ends[0]) / 2 if (ends := test.interval(ALPHA)) else 0.0 for test in tests]
+            data.append(
+                _line(
+                    comparison, name, [length * aside for length in x], [test.mean for test in tests], mode="lines+markers",
+                    showlegend=True, text=[f"length {length}" for length in x],
+                    line={"color": colour(comparison, name), "width": 2},
+                    marker={"size": 8, "symbol": symbol(comparison, name)},
+                    error_y={
+                        "type": "data", "array": halves, "visible": several, "thickness": 1.5, "width": 5,
+                        "color": colour(comparison, name),
+                    },
+                    hovertemplate="%{text}<br>%{y:.4f}",
+                )
+            )  # fmt: skip
+        own = score == comparison.study["score"]["name"]
+        words = plain(score.replace("_", " "))
+        layout = _layout(
+            {"title": {"text": "Length of a sequence"}, "type": "log", "tickvals": every, "ticktext": [str(x) for x in every]},
+            score_title(comparison, "test") if own else f"test {words}",
+        )
+        line = {"dash": "dot", "width": 1.5, "color": "@muted"}
+        layout["shapes"] = [{"type": "line", "yref": "paper", "x0": every[0], "x1": every[0], "y0": 0, "y1": 1, "line": line}]
+        caption = f"Dotted: the length of training, {every[0]}."
+        caption += " Bars: 95% intervals of the mean over seeds." if several else " One seed: no intervals."
+        figures.append(Figure(f"length-{score}", f"{words[0].upper()}{words[1:]} against length", caption, data, layout))
+    return figures
 
 
 # Tuning

@@ -30,6 +30,8 @@ COSTS = (
     ("decode_state_bytes", "decoding state", formats.size),
 )
 
+LENGTHS_NOTE = "Test scores by the length of the sequences, the first that of training: mean ± standard deviation over seeds."
+
 #: The symbol that stands for a variant in text, in the order of :data:`gatework.bench.figures.SYMBOLS`.
 GLYPHS = "●■◆▲✖★▼⬢✚⬟⧓"
 
@@ -198,6 +200,19 @@ def cost_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return ["variant", *(title.format(unit=unit) for _, title, _ in used)], body
 
 
+def length_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the test scores at several lengths, mean and standard deviation over seeds; without any, no rows."""
+    found = figures.at_lengths(comparison)
+    columns = [(score, n) for score, runs in found.items() for n in sorted({n for lengths in runs.values() for n in lengths})]
+    body = [[name] for name in comparison.names] if columns else []
+    for score, length in columns:
+        values = [mean_sd(found[score].get(name, {}).get(length, [])) for name in comparison.names]
+        decimals = formats.decimals_for([mean for mean, _ in values if mean is not None], [sd for _, sd in values if sd])
+        for cells, (mean, sd) in zip(body, values, strict=True):
+            cells.append(_spread(mean, sd, decimals))
+    return ["variant", *(f"{score.replace('_', ' ')} at {length}" for score, length in columns)], body
+
+
 def changes(comparison: Comparison, name: str) -> list[tuple[str, str, str]]:
     """Where a variant's configuration differs from the baseline's: (key, baseline, variant)."""
     ours, base = configuration(comparison, name), configuration(comparison, comparison.baseline)
@@ -260,7 +275,12 @@ def markdown(comparison: Comparison) -> str:
     lines += [f"- {_md(note)}" for note in comparison.notes()]
     costs, cost_rows = cost_table(comparison)
     lines += ["", "## Cost", "", *_md_table(costs, [[_md(cell) for cell in cells] for cells in cost_rows])]
-    lines += ["", _md(comparison.axes_line()), "", "## Rules", ""]
+    lines += ["", _md(comparison.axes_line())]
+    lengths, length_rows = length_table(comparison)
+    if length_rows:
+        lines += ["", "## Longer sequences", "", *_md_table(lengths, [[_md(cell) for cell in cells] for cells in length_rows])]
+        lines += ["", LENGTHS_NOTE]
+    lines += ["", "## Rules", ""]
     lines += [f"{i}. {_md(rule)}" for i, rule in enumerate(rules(comparison), 1)]
     broken = [
         [_md(r["key"]), r["status"], _md(str(r.get("error") or ""))] for r in comparison.records if not finished(r)
@@ -286,8 +306,12 @@ def _md_code(text: str) -> str:
 
 
 def _score(row: Row, decimals: int | None) -> str:
-    text = formats.fixed(row.score, decimals)
-    return f"{text} ± {formats.fixed(row.sd, decimals)}" if row.sd is not None else text
+    return _spread(row.score, row.sd, decimals)
+
+
+def _spread(mean: float | None, sd: float | None, decimals: int | None) -> str:
+    text = formats.fixed(mean, decimals)
+    return f"{text} ± {formats.fixed(sd, decimals)}" if sd is not None else text
 
 
 def _md_table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -318,6 +342,7 @@ def html(comparison: Comparison) -> str:
     groups = [
         ("quality", figures.quality(comparison)),
         ("curves", figures.curves(comparison)),
+        ("lengths", figures.lengths(comparison)),
         ("tuning", figures.tuning(comparison)),
         ("routing", figures.routing(comparison)),
         ("inside", figures.inside(comparison)),
@@ -330,6 +355,8 @@ def html(comparison: Comparison) -> str:
         forest=forest(comparison),
         rules=rules(comparison),
         costs=cost_table(comparison),
+        lengths=length_table(comparison),
+        lengths_note=LENGTHS_NOTE,
         changes={name: changes(comparison, name) for name in comparison.names},
         configurations={name: configuration(comparison, name) for name in comparison.names},
         environments=environments(comparison),

@@ -119,7 +119,7 @@ def test_the_network_is_seen_when_there_is_some(show, tmp_path):
 
 def test_every_plot_is_drawn(show, comparison):
     browser = show()
-    groups = (figures.quality, figures.curves, figures.tuning, figures.routing, figures.inside)
+    groups = (figures.quality, figures.curves, figures.lengths, figures.tuning, figures.routing, figures.inside)
     wanted = [figure.id for group in groups for figure in group(comparison)]
     assert browser.execute_script("return [...document.querySelectorAll('.plot')].map(p => p.id)") == wanted
     assert browser.execute_script("return [...document.querySelectorAll('.plot')].every(p => p.querySelector('svg.main-svg'))")

@@ -94,6 +94,58 @@ def test_the_zoom_holds_the_second_half_of_every_finished_run(comparison):
                 assert all(y0 <= y <= y1 for y in trace["y"][len(trace["y"]) // 2 :])
 
 
+@pytest.fixture
+def longer(synthetic):
+    """A study whose runs were tested at three lengths, with two scores; one run diverged."""
+    scores = {"base": [0.1, 0.2, 0.3], "a": [0.2, 0.3, None], "b": [0.0, 0.0, 0.0]}
+    study, records = synthetic.small(scores, score={"name": "error", "unit": "share wrong", "lower_is_better": True})
+    for r in records:
+        if r["score"] is not None:
+            by_length = {n: r["score"] * n / 16 for n in (16, 32, 64)}
+            rows = {f"row_error_at_{n}": 1 + score for n, score in by_length.items()}
+            r["test"] = {"loss": 1.0, "error": r["score"]} | rows | {f"error_at_{n}": score for n, score in by_length.items()}
+    return Comparison(study, records)
+
+
+def test_scores_against_length(longer):
+    own, other = figures.lengths(longer)
+    assert (own.id, own.title, other.id, other.title) == (
+        "length-error", "Error against length", "length-row_error", "Row error against length"
+    )
+    lines = {trace["meta"]: trace for trace in own.data}
+    assert list(lines) == ["base", "a", "b"]
+    assert lines["base"]["y"] == pytest.approx([0.2, 0.4, 0.8])
+    assert lines["a"]["y"] == pytest.approx([0.25, 0.5, 1.0])
+    assert [trace["y"][0] for trace in other.data] == pytest.approx([1.2, 1.25, 1.0])
+    # By hand: the half width of a 95% interval is t(n - 1) sd / sqrt(n), t(2) = 4.3027, t(1) = 12.706.
+    assert lines["base"]["error_y"]["array"] == pytest.approx([4.3027 * 0.1 * k / 3**0.5 for k in (1, 2, 4)], rel=1e-4)
+    assert lines["a"]["error_y"]["array"][0] == pytest.approx(12.706 * 0.1 / 2**0.5 / 2**0.5, rel=1e-4)
+    assert lines["b"]["error_y"]["array"] == [0, 0, 0]
+    assert all(trace["error_y"]["visible"] for trace in own.data)
+    assert own.layout["xaxis"]["tickvals"] == [16, 32, 64]
+    assert own.layout["yaxis"]["title"]["text"] == "test error, share wrong"
+    assert own.caption == "Dotted: the length of training, 16. Bars: 95% intervals of the mean over seeds."
+    # Variants stand a little beside each other, each at its lengths.
+    for trace in own.data:
+        assert trace["text"] == ["length 16", "length 32", "length 64"]
+        assert [round(x / n, 1) for x, n in zip(trace["x"], (16, 32, 64), strict=True)] == [1.0] * 3
+    assert len({trace["x"][0] for trace in own.data}) == 3
+
+
+def test_one_seed_has_no_interval_over_seeds(synthetic):
+    study, records = synthetic.small({"base": [0.1], "a": [0.2]})
+    for r in records:
+        r["test"] = {"loss_at_8": r["score"], "loss_at_16": 2 * r["score"]}
+    (figure,) = figures.lengths(Comparison(study, records))
+    assert [trace["y"] for trace in figure.data] == [[0.1, 0.2], [0.2, 0.4]]
+    assert not any(trace["error_y"]["visible"] for trace in figure.data)
+    assert figure.caption.endswith("One seed: no intervals.")
+
+
+def test_a_study_at_one_length_has_no_figure_of_lengths(comparison):
+    assert figures.lengths(comparison) == []
+
+
 def test_tuning(comparison):
     rates, best = figures.tuning(comparison)
     lines = {t["meta"]: t for t in rates.data if t["showlegend"]}

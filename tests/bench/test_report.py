@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from gatework.bench import report
+from gatework.bench import formats, report
 from gatework.bench.comparison import Comparison
 from gatework.core.errors import GateworkError
 
@@ -151,6 +151,37 @@ def test_markdown_carries_the_numbers(comparison):
     for line in (comparison.smallest_line(), comparison.axes_line(), *comparison.notes(), *report.rules(comparison)):
         assert line in text
     assert "torch" in text
+
+
+def at_lengths(study, records):
+    for r in records:
+        if r["phase"] == "final" and r["status"] == "ok":
+            r["test"] |= {f"loss_at_{n}": r["score"] * n / 128 for n in (128, 256, 512)}
+    return Comparison(study, records)
+
+
+def test_scores_at_several_lengths_have_a_table_and_a_section(synthetic):
+    comparison = at_lengths(*synthetic.build())
+    head, *body = next(table for table in md_tables(report.markdown(comparison)) if "loss at 256" in table[0])
+    assert head == ["variant", "loss at 128", "loss at 256", "loss at 512"]
+    assert [cells[0] for cells in body[1:]] == comparison.names
+    for cells, row in zip(body[1:], comparison.rows, strict=True):
+        assert cells[2] == f"{2 * row.score:.3f} ± {2 * row.sd:.3f}"
+    page = Reader(report.html(comparison))
+    order = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
+    assert order[order.index("curves") : order.index("tuning") + 1] == ["curves", "lengths", "tuning"]
+    assert [words(" ".join(cells)) for cells in page.rows["lengths"][1:]] == [
+        words(f"{report.GLYPHS[i]} {' '.join(cells)}") for i, cells in enumerate(body[1:])
+    ]
+    assert "#lengths" in {attrs["href"] for tag, attrs in page.tags if tag == "a"}
+
+
+def test_a_variant_without_a_finished_run_keeps_its_row_of_lengths(synthetic):
+    study, records = synthetic.build()
+    comparison = at_lengths(study, [r for r in records if not (r["variant"] == "gla" and r["phase"] == "final")])
+    _, rows = report.length_table(comparison)
+    assert {row[0]: row[1:] for row in rows}["gla"] == [formats.NOTHING] * 3
+    assert report.length_table(Comparison(*synthetic.build())) == (["variant"], [])
 
 
 def test_markdown_escapes(hostile):
