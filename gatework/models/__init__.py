@@ -10,6 +10,7 @@ from gatework.models.click_through import ClickThrough
 from gatework.models.coordinates import CoordinateNetwork
 from gatework.models.decoder import Decoder
 from gatework.models.environments import EnvironmentNetwork
+from gatework.models.masked_autoencoder import MaskedAutoencoder
 from gatework.models.mixture import Mixture
 from gatework.models.multitask import MultiTask
 from gatework.models.ranker import Ranker
@@ -18,12 +19,14 @@ from gatework.models.ranker import Ranker
 #: a study may set the others.
 BACKBONES: dict[str, type[Any]] = {
     "classifier": Classifier, "click_through": ClickThrough, "coordinates": CoordinateNetwork, "decoder": Decoder,
-    "environments": EnvironmentNetwork, "mixture": Mixture, "multitask": MultiTask, "ranker": Ranker,
+    "environments": EnvironmentNetwork, "masked_autoencoder": MaskedAutoencoder, "mixture": Mixture, "multitask": MultiTask,
+    "ranker": Ranker,
 }
 
 __all__ = [
     "BACKBONES", "AdvanceSchedules", "Classifier", "ClickThrough", "CoordinateNetwork", "Decoder",
-    "EnvironmentNetwork", "GateworkConfig", "GateworkForCausalLM", "Mixture", "MultiTask", "Ranker", "byte_tokenizer",
+    "EnvironmentNetwork", "GateworkConfig", "GateworkForCausalLM", "MaskedAutoencoder", "Mixture", "MultiTask", "Ranker",
+    "byte_tokenizer",
 ]
 
 if TYPE_CHECKING:

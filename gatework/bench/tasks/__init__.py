@@ -11,6 +11,7 @@ from gatework.bench.tasks.dynamical_systems import DynamicalSystems
 from gatework.bench.tasks.federated_digits import FederatedDigits
 from gatework.bench.tasks.image_regression import ImageRegression
 from gatework.bench.tasks.listops import ListOps, listops_eval
+from gatework.bench.tasks.masked_digits import MaskedDigits
 from gatework.bench.tasks.mixture_regression import MixtureRegression
 from gatework.bench.tasks.mnist1d import MNIST1D
 from gatework.bench.tasks.multitask_digits import MultitaskDigits
@@ -31,7 +32,7 @@ from gatework.core.registry import parameters, suggest
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (
         Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression, MixtureRegression, MultitaskRegression, MultitaskDigits,
-        FederatedDigits, DynamicalSystems, Ranking, SelectiveCopy, ListOps, Parity, S5Words, PVR,
+        FederatedDigits, DynamicalSystems, Ranking, MaskedDigits, SelectiveCopy, ListOps, Parity, S5Words, PVR,
     )
 }
 

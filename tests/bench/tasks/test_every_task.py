@@ -19,10 +19,12 @@ NAMES = [
     "text", "digits", "mnist1d", "recall", "click_through", "image_regression", "multitask_regression", "multitask_digits",
     "federated_digits", "mixture_regression", "dynamical_systems", "ranking", "selective_copy", "listops", "parity", "s5_words",
     "pvr",
+    "masked_digits",
 ]
 SCORES = {
     "text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse",
     "mixture_regression": "excess", "dynamical_systems": "mse", "ranking": "auc_error", "pvr": "generalisation_error",
+    "masked_digits": "mse",
 }
 
 
@@ -165,6 +167,7 @@ def test_wrong_names_and_options_are_refused_in_one_sentence(name, options, sent
     [
         ("digits", "sklearn.datasets"),
         ("multitask_digits", "sklearn.datasets"),
+        ("masked_digits", "sklearn.datasets"),
         ("federated_digits", "sklearn.datasets"),
         ("mnist1d", "mnist1d.data"),
         ("click_through", "sklearn.metrics"),
