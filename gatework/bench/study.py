@@ -39,6 +39,11 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
         "homogeneous": "experts=4, log2_size=9, coarsest=128",
         "heterogeneous": "experts=4, log2_size=10, coarsest=8",
     },
+    "entities": {
+        "concept": "level=concept",
+        "jepa": "level=jepa",
+        "jepa_memory": "level=jepa, memory=1",
+    },
     "environments": {
         "gradient": "experts=4, gate=topk(k=1)",
         "mixer": "experts=4, learner=mixer_kmeans(update_gate_every=20)",
@@ -50,11 +55,13 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
         "comet": "gate=comet(entropy=1e-3)",
         "permutation": "gate=permutation_search(gate=comet(entropy=1e-3))",
     },
+    "pfn": {"gla": "mixer=gla"},
     "ranker": {
         "softmax": "gate=topk(k=8, normalize=none, balance=[])",
         "attention_weighted": "gate=attention_weighted",
         "no_contrast": "gate=attention_weighted(contrast=0.0)",
     },
+    "sequence_regressor": {"gla": "mixer=gla", "linear_self_attention": "mixer=linear_self_attention"},
 }
 
 

@@ -9,24 +9,28 @@ from gatework.models.classifier import Classifier
 from gatework.models.click_through import ClickThrough
 from gatework.models.coordinates import CoordinateNetwork
 from gatework.models.decoder import Decoder
+from gatework.models.entities import EntityModel
 from gatework.models.environments import EnvironmentNetwork
 from gatework.models.masked_autoencoder import MaskedAutoencoder
+from gatework.models.mesa import MesaOptimizer
 from gatework.models.mixture import Mixture
 from gatework.models.multitask import MultiTask
+from gatework.models.pfn import PFN
 from gatework.models.ranker import Ranker
+from gatework.models.sequence_regressor import SequenceRegressor
 
 #: What a task of the bench may ask for, by name. Each class says in ``task_arguments`` which of its arguments the task gives;
 #: a study may set the others.
 BACKBONES: dict[str, type[Any]] = {
     "classifier": Classifier, "click_through": ClickThrough, "coordinates": CoordinateNetwork, "decoder": Decoder,
-    "environments": EnvironmentNetwork, "masked_autoencoder": MaskedAutoencoder, "mixture": Mixture, "multitask": MultiTask,
-    "ranker": Ranker,
+    "entities": EntityModel, "environments": EnvironmentNetwork, "masked_autoencoder": MaskedAutoencoder, "mixture": Mixture,
+    "multitask": MultiTask, "pfn": PFN, "ranker": Ranker, "sequence_regressor": SequenceRegressor,
 }
 
 __all__ = [
-    "BACKBONES", "AdvanceSchedules", "Classifier", "ClickThrough", "CoordinateNetwork", "Decoder",
-    "EnvironmentNetwork", "GateworkConfig", "GateworkForCausalLM", "MaskedAutoencoder", "Mixture", "MultiTask", "Ranker",
-    "byte_tokenizer",
+    "BACKBONES", "PFN", "AdvanceSchedules", "Classifier", "ClickThrough", "CoordinateNetwork", "Decoder", "EntityModel",
+    "EnvironmentNetwork", "GateworkConfig", "GateworkForCausalLM", "MaskedAutoencoder", "MesaOptimizer", "Mixture",
+    "MultiTask", "Ranker", "SequenceRegressor", "byte_tokenizer",
 ]
 
 if TYPE_CHECKING:

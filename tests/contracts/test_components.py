@@ -174,11 +174,14 @@ def test_compiled_equals_eager_and_compiles_once(name):
             for part, forward in ((plain, plain), (compiled, run_compiled)):
                 part.zero_grad()
                 given = example_inputs(name).inputs(torch.float64, seed)
+                leaves = [t.requires_grad_() for t in tensors(given)]
                 torch.manual_seed(9)
                 outputs = list(tensors(forward(*given)))
                 said = losses(part)
                 (sum(objective(y) for y in outputs) + sum(said.values())).backward()
-                found = {f"output {i}": y.detach() for i, y in enumerate(outputs)} | said | metrics(part) | gradients(part)
+                found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+                found |= {f"input {i}": t.grad for i, t in enumerate(leaves)}
+                found |= said | metrics(part) | gradients(part)
                 results.append({key: value for key, value in found.items() if value is not None})
         close(*results, "compiled")
 
