@@ -87,72 +87,83 @@ def gated_linear_recurrence(
     dtype = torch.promote_types(v.dtype, torch.float32)
     length, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
-        # (B, T, H, *) -> (B, H, T, *), in the computing dtype and in that order: all products below are over T and K.
-        queries, keys, values = (x.transpose(1, 2).to(dtype).contiguous() for x in (q if scale == 1 else q * scale, k, v))
-        decay = None if log_decay is None else log_decay.transpose(1, 2).to(dtype).contiguous()
+        xs = [None if x is None else x.to(dtype) for x in (q if scale == 1 else q * scale, k, v, log_decay)]
         if state is None:
-            state = values.new_zeros(*keys.shape[:2], keys.shape[-1], values.shape[-1])
+            state = v.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1], dtype=dtype)
         state = state.to(dtype)
-        given = (queries, keys, values, state) if decay is None else (queries, keys, values, state, decay)
-        recording = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        recording = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*xs, state))
         if length == 0:
             return v.clone(), state
         if length <= STEP_LENGTH and not recording and segments is None:
-            out, state = _stepped(queries, keys, values, decay, state, axis)
+            out, state = _stepped(*xs, state, axis)
         else:
-            out, state = _chunked(queries, keys, values, decay, state, segments, axis, chunk, sub_chunk)
-        return out.transpose(1, 2).to(v.dtype), state
+            out, state = _chunked(xs, state, segments, axis, chunk, sub_chunk)
+        return out.to(v.dtype), state
 
 
 def _stepped(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, axis: str) -> tuple[Tensor, Tensor]:
     outputs = []
     factor = None if decay is None else decay.exp()[..., None, :] if axis == "values" else decay.exp()[..., None]
-    for t in range(q.shape[2]):
-        kept = state if factor is None else factor[:, :, t] * state
-        state = torch.addcmul(kept, k[:, :, t, :, None], v[:, :, t, None, :])
-        outputs.append(q[:, :, t, None, :] @ state)
-    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], state
+    for t in range(q.shape[1]):
+        kept = state if factor is None else factor[:, t] * state
+        state = torch.addcmul(kept, k[:, t, :, :, None], v[:, t, :, None, :])
+        outputs.append(q[:, t, :, None, :] @ state)
+    out = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+    return out.transpose(1, 2), state
 
 
 def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, segments: Tensor | None, axis: str, chunk: int, sub: int
+    xs: list[Tensor | None], state: Tensor, segments: Tensor | None, axis: str, chunk: int, sub: int
 ) -> tuple[Tensor, Tensor]:
-    length = q.shape[2]
+    """q, k, v and the log-decays (B, T, H, *), chunk by chunk."""
+    assert xs[0] is not None
+    length = xs[0].shape[1]
     while chunk > sub and chunk // 2 >= length:
         chunk //= 2
-    missing = -length % chunk
-    if missing:
-        # Padding with zeros (decay 1, no key) leaves the state as it is.
-        q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
-        decay = None if decay is None else F.pad(decay, (0, 0, 0, missing))
-        if segments is not None:
-            segments = torch.cat([segments, segments[:, -1:].expand(-1, missing)], 1)
-    q, k, v = (x.unflatten(2, (-1, chunk)) for x in (q, k, v))
-    same = carry = None
-    if segments is not None:
-        ids = segments.unflatten(1, (-1, chunk))[:, None]  # (B, 1, n, C)
-        last = ids[..., -1:]
-        before = torch.cat([ids[:, :, :1, :1], last[:, :, :-1]], 2)  # The document that the incoming state belongs to.
-        same = (ids[..., :, None] == ids[..., None, :]).to(q.dtype)
-        carry = torch.stack([ids == before, ids == last, (last == before).expand_as(ids)]).to(q.dtype)
     # In stretches whose intermediate results caches hold: a long sequence is then not slower per token than a short one.
-    stretch = max(1, STRETCH // chunk)
-    count = -(-q.shape[2] // stretch)
-    parts: list[Any] = [x.split(stretch, 2) for x in (q, k, v)]
-    cumulative = None if decay is None else decay.unflatten(2, (-1, chunk)).cumsum(3)
-    for some, dim in ((cumulative, 2), (same, 2), (carry, 3)):
-        parts.append([None] * count if some is None else some.split(stretch, dim))
+    stretch = max(chunk, STRETCH)
+    before = None if segments is None else segments[:, :1]
     outputs = []
-    for *xs, b, same_part, carry_part in zip(*parts, strict=True):
+    for start in range(0, length, stretch):
+        count = min(stretch, length - start)
+        q, k, v, decay = (None if x is None else _layout(x[:, start : start + count], chunk) for x in xs)
+        same = carry = None
+        if segments is not None:
+            ids = segments[:, start : start + count]
+            same, carry = _documents(before, ids, chunk, state.dtype)
+            before = ids[:, -1:]
+        b = None if decay is None else decay.cumsum(3)
         if b is None or b.shape[-1] == 1:
-            out, state = _HeadDecay.apply(*xs, b, state, same_part, carry_part)
+            out, state = _HeadDecay.apply(q, k, v, b, state, same, carry)
         elif axis == "keys":
-            out, state = _KeyDecay.apply(*xs, b, state, same_part, carry_part, sub)
+            out, state = _KeyDecay.apply(q, k, v, b, state, same, carry, sub)
         else:
-            out, state = _ValueDecay.apply(*xs, b, state, same_part, carry_part, sub)
-        outputs.append(out)
-    out = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
-    return out.flatten(2, 3)[:, :, :length], state
+            out, state = _ValueDecay.apply(q, k, v, b, state, same, carry, sub)
+        out = out.flatten(2, 3)
+        outputs.append((out if out.shape[2] == count else out[:, :, :count]).transpose(1, 2))
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
+
+
+def _layout(x: Tensor, chunk: int) -> Tensor:
+    """(B, T, H, K) as (B, H, n, C, K), side by side in that order: all products are over C and K. The last chunk is filled up with
+    zeros (decay 1, no key), which leave the state as it is."""
+    x = x.transpose(1, 2)
+    missing = -x.shape[2] % chunk
+    return (F.pad(x, (0, 0, 0, missing)) if missing else x).contiguous().unflatten(2, (-1, chunk))
+
+
+def _documents(before: Tensor | None, ids: Tensor, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Who is of whose document: pairs of a chunk (B, 1, n, C, C), and, with the document that enters a chunk, the rows that it
+    enters, the rows that leave it, and all rows where it passes (3, B, 1, n, C)."""
+    missing = -ids.shape[1] % chunk
+    if missing:
+        ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], 1)
+    ids = ids.unflatten(1, (-1, chunk))[:, None]
+    last = ids[..., -1:]
+    assert before is not None
+    entering = torch.cat([before[:, None, :, None], last[:, :, :-1]], 2)
+    carry = torch.stack([ids == entering, ids == last, (last == entering).expand_as(ids)])
+    return (ids[..., :, None] == ids[..., None, :]).to(dtype), carry.to(dtype)
 
 
 # Below, tensors are (B, H, n, C, *): n chunks of C tokens.
@@ -257,22 +268,21 @@ class _KeyDecay(torch.autograd.Function):
         if same is not None:
             p *= same
         incoming, outgoing, passing = _borders(b, carry)
-        states = _pass((k * outgoing).transpose(-1, -2) @ v, passing.transpose(-1, -2), state)
+        states, last = _pass((k * outgoing).transpose(-1, -2) @ v, passing.transpose(-1, -2), state)
         out = p @ v
-        out += incoming.mul_(q) @ states[:, :, :-1]
-        ctx.save_for_backward(q, k, v, b, p, states, same, carry)
+        out += incoming.mul_(q) @ states
+        ctx.save_for_backward(q, k, v, b, p, states, last, same, carry)
         ctx.sub = sub
-        return out, states[:, :, -1].clone()
+        return out, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, b, p, states, same, carry = ctx.saved_tensors
+        q, k, v, b, p, states, last, same, carry = ctx.saved_tensors
+        d_out = d_out.contiguous()
         incoming, outgoing, passing = _borders(b, carry)
-        # Gradients of the states after each chunk, passed backwards; d_states[n] belongs to the state that enters chunk n.
-        d_states = _pass_back((q * incoming).transpose(-1, -2) @ d_out, passing.transpose(-1, -2), d_state)
-        d_after = d_states[:, :, 1:]
-        d_q = (d_out @ states[:, :, :-1].transpose(-1, -2)).mul_(incoming)
+        d_after, d_first = _pass_back((q * incoming).transpose(-1, -2) @ d_out, passing.transpose(-1, -2), d_state)
+        d_q = (d_out @ states.transpose(-1, -2)).mul_(incoming)
         d_k = (v @ d_after.transpose(-1, -2)).mul_(outgoing)
         d_v = (k * outgoing) @ d_after
         d_v += p.transpose(-1, -2) @ d_out
@@ -282,9 +292,9 @@ class _KeyDecay(torch.autograd.Function):
         _spread(d_p, _levels(b, ctx.sub), _near(b, ctx.sub), ctx.sub, (k, d_q), (q, d_k))
         d_b = (q * d_q).addcmul_(k, d_k, value=-1)
         # The decay of a chunk's last row also scales the state that passes through, and all that the chunk adds to it.
-        d_b[..., -1, :] += (d_after * states[:, :, 1:]).sum(-1)
+        d_b[..., -1, :] += _left(d_after, states, last).sum(-1)
         own = d_p.diagonal(dim1=-2, dim2=-1)[..., None]  # A row's own key meets no decay.
-        return d_q.addcmul_(own, k), d_k.addcmul_(own, q), d_v, d_b, d_states[:, :, 0].clone(), None, None, None
+        return d_q.addcmul_(own, k), d_k.addcmul_(own, q), d_v, d_b, d_first, None, None, None
 
 
 class _ValueDecay(torch.autograd.Function):
@@ -298,37 +308,36 @@ class _ValueDecay(torch.autograd.Function):
         if same is not None:
             scores *= same
         incoming, outgoing, passing = _borders(b, carry)
-        states = _pass(k.transpose(-1, -2) @ (v * outgoing), passing, state)
-        strict = (q @ states[:, :, :-1]).mul_(incoming)
+        states, last = _pass(k.transpose(-1, -2) @ (v * outgoing), passing, state)
+        strict = (q @ states).mul_(incoming)
         _spread(scores, _levels(b, sub), _near(b, sub), sub, (v, strict), None)
         own = scores.diagonal(dim1=-2, dim2=-1)[..., None]  # A row's own value meets no decay.
-        ctx.save_for_backward(q, k, v, b, scores, states, same, carry, strict)
+        ctx.save_for_backward(q, k, v, b, scores, states, last, same, carry, strict)
         ctx.sub = sub
-        return torch.addcmul(strict, own, v), states[:, :, -1].clone()
+        return torch.addcmul(strict, own, v), last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, b, scores, states, same, carry, strict = ctx.saved_tensors
-        sub = ctx.sub
+        q, k, v, b, scores, states, last, same, carry, strict = ctx.saved_tensors
+        sub, d_out = ctx.sub, d_out.contiguous()
         incoming, outgoing, passing = _borders(b, carry)
         d_incoming = d_out * incoming
-        d_states = _pass_back(q.transpose(-1, -2) @ d_incoming, passing, d_state)
-        d_after = d_states[:, :, 1:]
+        d_after, d_first = _pass_back(q.transpose(-1, -2) @ d_incoming, passing, d_state)
         levels, near = list(_levels(b, sub)), list(_near(b, sub))
         d_scores = _scores(d_out, v, levels, near, sub)
         if same is not None:
             d_scores *= same
         d_q = d_scores @ k
-        d_q += d_incoming @ states[:, :, :-1].transpose(-1, -2)
+        d_q += d_incoming @ states.transpose(-1, -2)
         d_k = d_scores.transpose(-1, -2) @ q
         d_k += (v * outgoing) @ d_after.transpose(-1, -2)
         d_v = (k @ d_after).mul_(outgoing)
         _spread(scores, levels, near, sub, None, (d_out, d_v))
         d_b = (d_out * strict).addcmul_(v, d_v, value=-1)
-        d_b[..., -1, :] += (d_after * states[:, :, 1:]).sum(-2)
+        d_b[..., -1, :] += _left(d_after, states, last).sum(-2)
         d_v.addcmul_(scores.diagonal(dim1=-2, dim2=-1)[..., None], d_out)
-        return d_q, d_k, d_v, d_b, d_states[:, :, 0].clone(), None, None, None
+        return d_q, d_k, d_v, d_b, d_first, None, None, None
 
 
 class _HeadDecay(torch.autograd.Function):
@@ -340,20 +349,20 @@ class _HeadDecay(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         p = _pair_factors(b, same, q @ k.transpose(-1, -2))
         incoming, outgoing, passing = _head_borders(b, carry)
-        states = _pass((k if outgoing is None else k * outgoing).transpose(-1, -2) @ v, passing, state)
+        states, last = _pass((k if outgoing is None else k * outgoing).transpose(-1, -2) @ v, passing, state)
         out = p @ v
-        out += (q if incoming is None else q * incoming) @ states[:, :, :-1]
-        ctx.save_for_backward(q, k, v, b, p, states, same, carry)
-        return out, states[:, :, -1].clone()
+        out += (q if incoming is None else q * incoming) @ states
+        ctx.save_for_backward(q, k, v, b, p, states, last, same, carry)
+        return out, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, b, p, states, same, carry = ctx.saved_tensors
+        q, k, v, b, p, states, last, same, carry = ctx.saved_tensors
+        d_out = d_out.contiguous()
         incoming, outgoing, passing = _head_borders(b, carry)
-        d_states = _pass_back((q if incoming is None else q * incoming).transpose(-1, -2) @ d_out, passing, d_state)
-        d_after = d_states[:, :, 1:]
-        d_q = d_out @ states[:, :, :-1].transpose(-1, -2)
+        d_after, d_first = _pass_back((q if incoming is None else q * incoming).transpose(-1, -2) @ d_out, passing, d_state)
+        d_q = d_out @ states.transpose(-1, -2)
         d_k = v @ d_after.transpose(-1, -2)
         d_v = (k if outgoing is None else k * outgoing) @ d_after
         if incoming is not None and outgoing is not None:
@@ -367,8 +376,8 @@ class _HeadDecay(torch.autograd.Function):
         if b is not None:
             # A row's own key, which meets no decay, cancels here.
             d_b = (q * d_q).addcmul_(k, d_k, value=-1).sum(-1, keepdim=True)
-            d_b[..., -1, 0] += (d_after * states[:, :, 1:]).sum((-2, -1))
-        return d_q, d_k, d_v, d_b, d_states[:, :, 0].clone(), None, None
+            d_b[..., -1, 0] += _left(d_after, states, last).sum((-2, -1))
+        return d_q, d_k, d_v, d_b, d_first, None, None
 
 
 def _pair_factors(b: Tensor | None, same: Tensor | None, scores: Tensor) -> Tensor:
@@ -388,19 +397,28 @@ def _head_borders(b: Tensor | None, carry: Tensor | None) -> tuple[Tensor | None
     return (None, None, None) if carry is None else (carry[0][..., None], carry[1][..., None], carry[2][..., :1, None])
 
 
-def _pass(added: Tensor, decay: Tensor | None, state: Tensor) -> Tensor:
-    """States before each chunk and after the last, (B, H, n+1, K, V): S_{n+1} = decay_n S_n + added_n."""
+def _pass(added: Tensor, decay: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The states that enter the chunks (B, H, n, K, V), and the last to leave: S_{n+1} = decay_n S_n + added_n."""
     states = [state]
-    factors = [None] * added.shape[2] if decay is None else decay.unbind(2)
-    for new, factor in zip(added.unbind(2), factors, strict=True):
+    for new, factor in _steps(added, decay):
         states.append(states[-1] + new if factor is None else torch.addcmul(new, states[-1], factor))
-    return torch.stack(states, 2)
+    return torch.stack(states[:-1], 2), states[-1]
 
 
-def _pass_back(added: Tensor, decay: Tensor | None, last: Tensor) -> Tensor:
-    """The same from behind: D_n = decay_n D_{n+1} + added_n with D_N = last."""
+def _pass_back(added: Tensor, decay: Tensor | None, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from behind, D_n = decay_n D_{n+1} + added_n with D_N = ``last``: D_1 .. D_N, which belong to the states that leave
+    the chunks, and D_0."""
     states = [last]
-    factors = [None] * added.shape[2] if decay is None else decay.unbind(2)
-    for new, factor in zip(reversed(added.unbind(2)), reversed(factors), strict=True):
+    for new, factor in reversed(_steps(added, decay)):
         states.append(states[-1] + new if factor is None else torch.addcmul(new, states[-1], factor))
-    return torch.stack(states[::-1], 2)
+    return torch.stack(states[-2::-1], 2), states[-1]
+
+
+def _steps(added: Tensor, decay: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    news = added.unbind(2)
+    return list(zip(news, [None] * len(news) if decay is None else decay.unbind(2), strict=True))
+
+
+def _left(d_after: Tensor, states: Tensor, last: Tensor) -> Tensor:
+    """The states that leave the chunks times their gradients."""
+    return d_after * torch.cat([states[:, :, 1:], last[:, :, None]], 2)
