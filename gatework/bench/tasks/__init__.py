@@ -10,6 +10,7 @@ from gatework.bench.tasks.digits import Digits
 from gatework.bench.tasks.dynamical_systems import DynamicalSystems
 from gatework.bench.tasks.federated_digits import FederatedDigits
 from gatework.bench.tasks.image_regression import ImageRegression
+from gatework.bench.tasks.in_context_ar import InContextAR
 from gatework.bench.tasks.listops import ListOps, listops_eval
 from gatework.bench.tasks.masked_digits import MaskedDigits
 from gatework.bench.tasks.mixture_regression import MixtureRegression
@@ -17,9 +18,11 @@ from gatework.bench.tasks.mnist1d import MNIST1D
 from gatework.bench.tasks.multitask_digits import MultitaskDigits
 from gatework.bench.tasks.multitask_regression import MultitaskRegression
 from gatework.bench.tasks.parity import Parity
+from gatework.bench.tasks.pfn_gp import GPPrior
 from gatework.bench.tasks.pvr import PVR, boolean_influence, noise_stability
 from gatework.bench.tasks.ranking import Ranking
 from gatework.bench.tasks.recall import Recall
+from gatework.bench.tasks.reversal import Reversal
 from gatework.bench.tasks.s5_words import S5Words
 from gatework.bench.tasks.selective_copy import SelectiveCopy
 from gatework.bench.tasks.text import Text
@@ -32,7 +35,8 @@ from gatework.core.registry import parameters, suggest
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (
         Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression, MixtureRegression, MultitaskRegression, MultitaskDigits,
-        FederatedDigits, DynamicalSystems, Ranking, MaskedDigits, SelectiveCopy, ListOps, Parity, S5Words, PVR,
+        FederatedDigits, DynamicalSystems, Ranking, MaskedDigits, SelectiveCopy, ListOps, Parity, S5Words, PVR, InContextAR,
+        GPPrior, Reversal,
     )
 }
 

@@ -65,11 +65,11 @@ class InContextAR(Task):
             raise GateworkError(f"dimensions must be at least 1, length at least 3 and scale positive, got {given}")
         self.dimensions, self.length, self.start, self.scale = dimensions, length, start, scale
         # Seeds that no training stream uses: PyTorch's CPU generator takes the lower 32 bits of a seed, `batches` the lower 31.
-        self.fixed = {
+        self.splits = {
             split: self.rows(self.EVALUATION_ROWS, torch.Generator().manual_seed(2**31 + index))
             for index, split in enumerate(("validation", "test"))
         }
-        self.data_hash = digest(*(tensor for rows in self.fixed.values() for tensor in rows))
+        self.data_hash = digest(*(tensor for rows in self.splits.values() for tensor in rows))
         self._ridge: dict[str, Tensor] = {}
 
     def rows(self, count: int, generator: torch.Generator) -> Batch:
@@ -112,12 +112,12 @@ class InContextAR(Task):
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
         """``loss``, ``relative_mse``, the latter at the last place alone (``relative_mse_last``), and both again for a ridge
         regression on each place's own context (``ridge``, ``ridge_last``), which the model can do without."""
-        x, y = self.fixed[split]
+        x, y = self.splits[split]
         pieces = x.split(self.EVALUATION_BATCH)[:max_batches]
         output = torch.cat([predict(piece).float() for piece in pieces])
         x, y = x[: len(output)], y[: len(output)].double()
         if split not in self._ridge:
-            self._ridge[split] = ridge(self.fixed[split][0].double(), self.RIDGE)
+            self._ridge[split] = ridge(self.splits[split][0].double(), self.RIDGE)
         error = (output.double() - y).square().mean((0, 2))
         reference = (self._ridge[split][: len(y)] - y).square().mean((0, 2))
         zero = y.square().mean((0, 2))

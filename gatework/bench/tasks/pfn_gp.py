@@ -88,11 +88,11 @@ class GPPrior(Task):
         #: Sizes of the context that an evaluation goes through.
         self.contexts = sorted({0, 1, points // 8, points // 4, points // 2, points - 1})
         # Seeds that no training stream uses: PyTorch's CPU generator takes the lower 32 bits of a seed, `batches` the lower 31.
-        self.fixed = {
+        self.splits = {
             split: self.sample(self.EVALUATION_ROWS, torch.Generator().manual_seed(2**31 + index))
             for index, split in enumerate(("validation", "test"))
         }
-        self.data_hash = digest(*(tensor for split in self.fixed.values() for tensor in split))
+        self.data_hash = digest(*(tensor for split in self.splits.values() for tensor in split))
         self._posteriors: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -154,12 +154,12 @@ class GPPrior(Task):
         said: dict[str, float] = {}
         losses, exact, means, wanted = [], [], [], []
         for m in self.contexts:
-            x, y = (tensor[: None if max_batches is None else max_batches * self.EVALUATION_BATCH] for tensor in self.fixed[split])
+            x, y = (tensor[: None if max_batches is None else max_batches * self.EVALUATION_BATCH] for tensor in self.splits[split])
             inputs, targets = self.rows(x, y, m)
             output = torch.cat([predict(piece).double() for piece in inputs.split(self.EVALUATION_BATCH)])
             losses.append(-float(self.distribution(output, targets).mean()))
             if (split, m) not in self._posteriors:
-                all_x, all_y = self.fixed[split]
+                all_x, all_y = self.splits[split]
                 self._posteriors[split, m] = self.posterior(all_x[:, :m], all_y[:, :m], all_x[:, m:])
             mean, variance = (moment[: len(x)] for moment in self._posteriors[split, m])
             exact.append(float(0.5 * ((targets - mean).square() / variance + variance.log() + math.log(2 * math.pi)).mean()))

@@ -18,13 +18,12 @@ from .made import take, task
 NAMES = [
     "text", "digits", "mnist1d", "recall", "click_through", "image_regression", "multitask_regression", "multitask_digits",
     "federated_digits", "mixture_regression", "dynamical_systems", "ranking", "selective_copy", "listops", "parity", "s5_words",
-    "pvr",
-    "masked_digits",
+    "pvr", "masked_digits", "in_context_ar", "pfn_gp", "reversal",
 ]
 SCORES = {
     "text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse",
     "mixture_regression": "excess", "dynamical_systems": "mse", "ranking": "auc_error", "pvr": "generalisation_error",
-    "masked_digits": "mse",
+    "masked_digits": "mse", "in_context_ar": "relative_mse", "pfn_gp": "gap", "reversal": "mrr_error",
 }
 
 
@@ -36,6 +35,12 @@ def uniform(made):
         return lambda x: torch.zeros(len(x))
     if made.backbone == "mixture":
         return lambda x: torch.zeros(len(x), 3, 1)  # A standard normal distribution.
+    if made.backbone == "sequence_regressor":
+        return torch.zeros_like
+    if made.backbone == "pfn":
+        return lambda x: torch.zeros(len(x), int((x[0, :, -1] == 0).sum()), made.distribution.bars)
+    if made.backbone == "entities":
+        return lambda x: torch.full((len(x), made.entities), -math.log(made.entities))
     if isinstance(made, RegressionTask):
         return lambda x: torch.zeros(len(x), made.splits["train"][1].shape[1])
     if made.backbone == "multitask":
@@ -53,13 +58,23 @@ def chance(made, y):
         return math.log(2)
     if made.backbone == "mixture":
         return (y.double().square().mean().item() + math.log(2 * math.pi)) / 2
+    if made.backbone == "sequence_regressor":
+        return y[:, 1:].square().mean().item()
+    if made.backbone == "pfn":  # Of a split, the mean over the sizes of the context.
+        asked = [y[:, m:] for m in made.contexts] if y.shape[1] == made.points else [y]
+        return -sum(made.distribution(torch.zeros(*y.shape, made.distribution.bars), y).mean().item() for y in asked) / len(asked)
+    if made.backbone == "entities":
+        return math.log(made.entities)
     return math.log(made.model_arguments().get("vocab_size") or made.model_arguments()["classes"])
 
 
 def smallest(made):
     """A small model for the task."""
     tied = made.defaults["model"].get("tie_embeddings", True)
-    sizes = {"decoder": {"layers": 1, "heads": 1, "tie_embeddings": tied}, "classifier": {"backbone": "mlp", "layers": 1}}
+    sizes = {
+        "decoder": {"layers": 1, "heads": 1, "tie_embeddings": tied}, "classifier": {"backbone": "mlp", "layers": 1},
+        "entities": {"level": "concept"},
+    }
     if isinstance(made, RegressionTask):
         return BACKBONES[made.backbone](**made.model_arguments(), d_ff=8)
     if made.backbone == "mixture":
@@ -70,6 +85,8 @@ def smallest(made):
     model = BACKBONES[made.backbone](**made.model_arguments(), d_model=8, **sizes.get(made.backbone, {}))
     if made.backbone == "decoder" and not tied:
         torch.nn.init.zeros_(model.head.weight)  # With few ids a random head is far from chance.
+    if made.backbone == "sequence_regressor":
+        torch.nn.init.zeros_(model.head.weight)
     return model
 
 
@@ -102,6 +119,7 @@ def test_a_model_built_from_its_arguments_fits_and_is_scored(name):
     assert loss.ndim == 0
     assert loss.item() == pytest.approx(chance(made, y), rel=0.3)
     with torch.no_grad():
+        model.eval()
         scores = made.evaluate(model, "validation", max_batches=1)
         assert scores == made.evaluate(model, "validation", max_batches=1)
     assert {"loss", made.score_name} <= set(scores)
@@ -122,7 +140,7 @@ def test_a_model_that_knows_nothing_scores_chance(name):
 def test_units_are_counted_and_the_hash_is_of_the_data(name):
     made = task(name)
     ((x, _),) = take(made, 0, 5, 1)
-    assert made.units_per_batch(5) == (x.numel() if made.unit == "token" else len(x))
+    assert made.units_per_batch(5) == (x.shape[:2].numel() if made.unit == "token" else len(x))
     assert (made.score_name, made.lower_is_better) == (SCORES.get(name, "error"), True)
     if name != "mnist1d":  # Seconds to make; its own test makes it twice.
         assert make_task(name).data_hash == made.data_hash
