@@ -1,4 +1,4 @@
-"""Pages that come from the library itself: one per part, per family, per public module, the papers, the command line.
+"""Pages that come from the library itself: one per part, per family, per public module, the papers, the tasks, the command line.
 
 They are written as reStructuredText into ``parts/`` and ``reference/`` when a build starts; both folders are git-ignored.
 """
@@ -31,7 +31,9 @@ from sphinx.util.docutils import SphinxRole
 from sphinx.util.nodes import make_refnode
 
 from gatework.bench.comparison import Comparison, Row
+from gatework.bench.formats import si
 from gatework.bench.study import DEFAULT_VARIANTS
+from gatework.bench.tasks import TASKS, Task
 from gatework.core.contracts import CAPABILITIES, No, capability
 from gatework.core.errors import GateworkError
 from gatework.core.expression import Spec, parse_pattern, parse_settings, show
@@ -218,18 +220,18 @@ def study_page(name: str, comparison: Comparison) -> list[str]:
 # Parts
 
 
-def options(entry: Entry) -> list[str]:
+def options(cls: type) -> list[str]:
     """The constructor's arguments: type, default, meaning."""
-    meanings = items(entry.cls)
+    meanings = items(cls)
     rows = []
-    for name, parameter in parameters(entry.cls).items():
-        slot = slot_of(entry.cls, name)
+    for name, parameter in parameters(cls).items():
+        slot = slot_of(cls, name)
         hint = "" if parameter.annotation is parameter.empty else str(parameter.annotation)
         kind = f":doc:`{slot} part </parts/{slot}/index>`" if slot in FAMILIES else code(hint.replace("Any", "object"))
         default = "required" if parameter.default is parameter.empty else code(show(parameter.default))
         rows.append((code(name), kind, default, meanings.get(name, "")))
     out = table(("argument", "type", "default", "meaning"), rows, "options") if rows else ["", "None.", ""]
-    refused = items(entry.cls, "Raises")
+    refused = items(cls, "Raises")
     return [*out, *(f"Raises ``{error}`` {when}\n" for error, when in refused.items())]
 
 
@@ -326,7 +328,7 @@ def part_page(entry: Entry, kept: dict[str, Comparison], others: dict[str, list[
     behaviour = without(inspect.getdoc(entry.cls) or "", "Args", "Raises")
     out += [*heading("Behaviour"), *prose(behaviour, config)] if behaviour else []
     out += shapes(entry)
-    out += [*heading("Options"), *options(entry), *heading("How to use it"), *usage(entry), *abilities(entry)]
+    out += [*heading("Options"), *options(entry.cls), *heading("How to use it"), *usage(entry), *abilities(entry)]
     out += [*heading("Source"), *source(paper), *heading("Measured"), *measured(entry.name, kept, others)]
     return [*out, *heading("Class"), f".. autoclass:: {package}.{entry.cls.__name__}", "   :members:", "   :show-inheritance:", ""]
 
@@ -358,6 +360,34 @@ def papers_page() -> list[str]:
         parts = ", ".join(f":doc:`{name} </{page_of(name)}>`" for name in paper.parts)
         rows.append((f"`{paper.title} <{paper.source}>`__", str(paper.year), parts, paper.claim))
     return [*heading("Papers", "="), *table(("paper", "year", "parts", "claim"), rows, "papers")]
+
+
+def task_section(cls: type[Task], config: Any) -> list[str]:
+    """A task's part of the page of tasks."""
+    docstring = inspect.getdoc(cls) or ""
+    out = [f".. _task-{cls.name}:", *heading(cls.name), *prose(docstring.partition("\n\n")[0], config), ""]
+    out += [*prose(without(docstring, "Args", "Raises"), config), "", *prose_of(sys.modules[cls.__module__]), *options(cls)]
+    study, better = cls.defaults, "lower" if cls.lower_is_better else "higher"
+    low, high = study["learning_rates"]
+    settings = ", ".join(filter(None, [study["baseline"], *(f"{key}={show(value)}" for key, value in study["model"].items())]))
+    rows = [
+        ("score", f"{code(cls.score_name)}, {escaped(cls.score_unit)}, {better} is better"),
+        ("model", f"{code(cls.backbone)}, by default {code(settings)}" if settings else code(cls.backbone)),
+        ("training", f"{si(study['tokens'])} {cls.unit}s in batches of {study['batch_size']}"),
+        ("tuning", f"{si(study['tune_tokens'])} {cls.unit}s a trial, learning rates {low:g} to {high:g}"),
+        ("held equal", code(study.get("match", "params"))),
+    ]
+    return [*out, *table(("its study", ""), rows)]
+
+
+def tasks_page(config: Any) -> list[str]:
+    """What can be learned: every task with its options, its score and the study that it brings along."""
+    intro = "What models are compared on. A task is named by ``gatework compare --task NAME``, or with options in a study's file:"
+    out = [*heading("Tasks", "="), intro, *block("toml", ["[task]", 'name = "parity"', "length = 64", "extrapolate = true"])]
+    out += ["With ``extrapolate`` a task is evaluated at 2 and 4 times the length too, and the report draws its scores against it."]
+    summaries = {name: (inspect.getdoc(cls) or "").partition("\n\n")[0].partition(". ")[0] for name, cls in TASKS.items()}
+    out += table(("task", "what it is"), [(f":ref:`{name} <task-{name}>`", escaped(said)) for name, said in summaries.items()])
+    return out + [line for cls in TASKS.values() for line in ["", *task_section(cls, config)]]
 
 
 def page_of(part: str) -> str:
@@ -461,7 +491,8 @@ def generate(app: Sphinx) -> None:
     for module in modules:
         written.append(write(docs / f"reference/{module.__name__}.rst", module_page(module, seen)))
     written.append(write(docs / "reference/command_line.rst", help_page()))
-    pages = ["command_line", *sorted(module.__name__ for module in modules)]
+    written.append(write(docs / "reference/tasks.rst", tasks_page(app.config)))
+    pages = ["command_line", "tasks", *sorted(module.__name__ for module in modules)]
     intro = "The public names by module; parts are described on :doc:`their own pages </parts/index>`."
     written.append(write(docs / "reference/index.rst", [*heading("Reference", "="), intro, *tree(pages, ":maxdepth: 1")]))
     for folder in ("parts", "reference"):

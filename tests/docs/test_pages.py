@@ -12,10 +12,13 @@ from pathlib import Path
 import docstrings
 import pages
 import pytest
+from sphinx.ext.napoleon import Config
 
 from gatework.bench.study import DEFAULT_VARIANTS
+from gatework.bench.tasks import TASKS
 from gatework.claims import Finding, Outcome
 from gatework.core import check, entries
+from gatework.core.expression import show
 from gatework.core.papers import papers
 from gatework.core.registry import parameters
 
@@ -58,6 +61,19 @@ def test_what_a_page_says_of_using_a_part_works(entry):
     meanings = docstrings.items(entry.cls)
     for name in parameters(entry.cls):
         assert meanings.get(name), f"{entry.name}: the docstring says nothing of {name}"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_page_of_tasks_says_what_every_option_means(name):
+    meanings = docstrings.items(TASKS[name])
+    assert [option for option in parameters(TASKS[name]) if not meanings.get(option)] == []
+    section = "\n".join(pages.task_section(TASKS[name], Config()))
+    assert f".. _task-{name}:" in section
+    for option, parameter in parameters(TASKS[name]).items():
+        assert f"``{option}``" in section
+        assert show(parameter.default) in section
+    assert TASKS[name].score_name in section
+    assert f":ref:`{name} <task-{name}>`" in "\n".join(pages.tasks_page(Config()))
 
 
 def test_every_part_with_a_paper_is_on_the_selection_page():
