@@ -141,7 +141,7 @@ class BidirectionalGLA2d(RecurrentMixer):
         """The convolution and its activation; 0 at padding, which ``x`` holds zeros at."""
         if self.grid is not None:
             y = F.conv2d(x.transpose(1, 2).unflatten(2, self.grid), self.convolution, padding=1, groups=self.d_model)
-            y = y.flatten(2).transpose(1, 2)
+            y = y.flatten(2).transpose(1, 2).to(x.dtype)
         else:
             weight = self.convolution[:, 0].to(x.dtype)
             earlier, later = F.pad(x, (0, 0, 1, 0))[:, :-1], F.pad(x, (0, 0, 0, 1))[:, 1:]

@@ -197,6 +197,14 @@ def test_the_start():
     assert not m.g_proj.bias.any()
 
 
+@pytest.mark.parametrize("settings", [{}, {"grid": GRID}])
+def test_autocast_is_finite_and_near(settings):
+    m, x = layer(**settings).float(), inputs().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m(x)
+    torch.testing.assert_close(y.float(), m(x), rtol=0.1, atol=0.1)
+
+
 def test_a_grid_fixes_the_length():
     m = layer(grid=GRID)
     assert not capability(m, "any_length")
