@@ -90,7 +90,7 @@ class _Best(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        scores, slots = (x @ keys.t()).mul_(x.shape[1] ** -0.5).topk(k)
+        scores, slots = (x * x.shape[1] ** -0.5 @ keys.t()).topk(k)
         ctx.save_for_backward(x, keys, slots)
         ctx.mark_non_differentiable(slots)
         return scores, slots
