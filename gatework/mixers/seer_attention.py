@@ -86,8 +86,8 @@ class SeerAttention(Attention):
         ratio: read this share r in (0, 1] of the blocks instead of those above a threshold: of the n blocks before its own a token
             reads the ``max(1, int(r n))`` with the largest logits; a row of the block form, of n blocks in all, its own among the
             ``max(1, int((1 - sqrt(1 - r)) n))`` largest, which is r of the triangle, and the last two rows read everything.
-        budget: a token reads the ``max(1, budget // block)`` largest blocks before its own, whatever the length (for
-        ``choice="token"``). loss_weight: factor of the gate's loss.
+        budget: a token reads the ``max(1, budget // block)`` largest blocks before its own, whatever the length (``token`` only).
+        loss_weight: factor of the gate's loss.
 
     Initialisation: as attention; the gate's maps Xavier-uniform, as in the official code.
 
