@@ -208,6 +208,13 @@ def _broken(comparison: Comparison, name: str, run: dict[str, Any], field: str) 
 # Longer sequences
 
 
+#: What the scores beside a task's own mean.
+SHARES = {
+    "last_error": "Share of the sequences whose last label is missed.",
+    "row_error": "Share of the sequences with any label missed.",
+}
+
+
 def at_lengths(comparison: Comparison) -> dict[str, dict[str, dict[int, list[float]]]]:
     """Test scores at several lengths of the sequences (``<score>_at_<length>`` in a record): by score (the study's own first),
     variant and length, a number per finished final run."""
@@ -255,8 +262,8 @@ def lengths(comparison: Comparison) -> list[Figure]:
         )
         line = {"dash": "dot", "width": 1.5, "color": "@muted"}
         layout["shapes"] = [{"type": "line", "yref": "paper", "x0": every[0], "x1": every[0], "y0": 0, "y1": 1, "line": line}]
-        caption = f"Dotted: the length of training, {every[0]}."
-        caption += " Bars: 95% intervals of the mean over seeds." if several else " One seed: no intervals."
+        bars = "Bars: 95% intervals of the mean over seeds." if several else "One seed: no intervals."
+        caption = f"{SHARES.get(score, '')} Dotted: the length of training, {every[0]}. {bars}".strip()
         figures.append(Figure(f"length-{score}", f"{words[0].upper()}{words[1:]} against length", caption, data, layout))
     return figures
 

@@ -2,7 +2,8 @@
 
 Six variants, four seeds. ``wide`` is better than the baseline by far more than the noise, ``gla`` worse, ``gated`` and
 ``moe`` differ by less than the noise.
-One seed of ``moe`` diverged, one of ``skip`` failed; ``moe`` reports expert loads, ``skip`` what it kept.
+One seed of ``moe`` diverged, one of ``skip`` failed; ``moe`` reports expert loads, ``skip`` what it kept. All were tested at three
+lengths.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def _record(name: str, phase: str, index: int) -> dict[str, Any]:
         "versions": {"gatework": "0.1.0", "torch": "2.13.0", "python": "3.11.7", "optuna": "5.0.0"},
         "hardware": {"cpu": "Example CPU", "cores": 2, "threads": 1, "device": "cpu", "platform": "Linux"},
         "data_hash": "8a932f423f29f3f6", "task": "text", "learning_rate": rate,
-        "validation": {"loss": end - 0.01} if ok else {}, "test": {"loss": end} if ok and final else None,
+        "validation": {"loss": end - 0.01} if ok else {},
+        "test": {"loss": end} | {f"loss_at_{n}": end * n**0.02 for n in (128, 256, 512)} if ok and final else None,
         "score": (end if final else end - 0.01) if ok else None, "curve": curve, "cost": cost if ok else {},
         "metrics": _metrics(name, noise) if ok else {},
     }  # fmt: skip

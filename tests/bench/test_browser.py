@@ -148,6 +148,12 @@ def test_curves_have_a_mark_for_every_measurement(show, comparison):
         browser.execute_script(click)
 
 
+def test_scores_against_length_have_a_mark_and_a_bar_for_every_length(show, comparison):
+    browser = show()
+    assert points(browser, "length-loss") == [3] * len(comparison.names)
+    assert browser.execute_script("return document.querySelectorAll('#length-loss .errorbar').length") == 3 * len(comparison.names)
+
+
 def test_tuning_and_bars(show, comparison):
     browser = show()
     done = [sum(finished(r) for r in comparison.runs(name, "tune")) for name in comparison.names]

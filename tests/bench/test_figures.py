@@ -125,6 +125,7 @@ def test_scores_against_length(longer):
     assert own.layout["xaxis"]["tickvals"] == [16, 32, 64]
     assert own.layout["yaxis"]["title"]["text"] == "test error, share wrong"
     assert own.caption == "Dotted: the length of training, 16. Bars: 95% intervals of the mean over seeds."
+    assert other.caption == f"Share of the sequences with any label missed. {own.caption}"
     # Variants stand a little beside each other, each at its lengths.
     for trace in own.data:
         assert trace["text"] == ["length 16", "length 32", "length 64"]
@@ -142,8 +143,8 @@ def test_one_seed_has_no_interval_over_seeds(synthetic):
     assert figure.caption.endswith("One seed: no intervals.")
 
 
-def test_a_study_at_one_length_has_no_figure_of_lengths(comparison):
-    assert figures.lengths(comparison) == []
+def test_a_study_at_one_length_has_no_figure_of_lengths(synthetic):
+    assert figures.lengths(Comparison(*synthetic.small({"base": [0.1, 0.2], "a": [0.2, 0.3]}))) == []
 
 
 def test_tuning(comparison):

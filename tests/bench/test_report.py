@@ -136,7 +136,7 @@ def md_tables(text):
 def test_markdown_carries_the_numbers(comparison):
     text = report.markdown(comparison)
     assert text.startswith(f"# {comparison.title()}\n\n**{comparison.headline()}**")
-    verdicts, cost, broken = md_tables(text)
+    verdicts, cost, _, broken = md_tables(text)
     assert [cells[0] for cells in verdicts[2:]] == comparison.names
     for cells, row in zip(verdicts[2:], comparison.rows, strict=True):
         line = dict(zip(verdicts[0], cells, strict=True))
@@ -153,35 +153,30 @@ def test_markdown_carries_the_numbers(comparison):
     assert "torch" in text
 
 
-def at_lengths(study, records):
-    for r in records:
-        if r["phase"] == "final" and r["status"] == "ok":
-            r["test"] |= {f"loss_at_{n}": r["score"] * n / 128 for n in (128, 256, 512)}
-    return Comparison(study, records)
-
-
-def test_scores_at_several_lengths_have_a_table_and_a_section(synthetic):
-    comparison = at_lengths(*synthetic.build())
-    head, *body = next(table for table in md_tables(report.markdown(comparison)) if "loss at 256" in table[0])
+def test_scores_at_several_lengths_have_a_table_and_a_section(comparison, page):
+    head, _, *body = next(table for table in md_tables(report.markdown(comparison)) if "loss at 256" in table[0])
     assert head == ["variant", "loss at 128", "loss at 256", "loss at 512"]
-    assert [cells[0] for cells in body[1:]] == comparison.names
-    for cells, row in zip(body[1:], comparison.rows, strict=True):
-        assert cells[2] == f"{2 * row.score:.3f} ± {2 * row.sd:.3f}"
-    page = Reader(report.html(comparison))
-    order = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
-    assert order[order.index("curves") : order.index("tuning") + 1] == ["curves", "lengths", "tuning"]
-    assert [words(" ".join(cells)) for cells in page.rows["lengths"][1:]] == [
-        words(f"{report.GLYPHS[i]} {' '.join(cells)}") for i, cells in enumerate(body[1:])
+    assert [cells[0] for cells in body] == comparison.names
+    for cells, row in zip(body, comparison.rows, strict=True):
+        assert cells[2] == f"{row.score * 256**0.02:.3f} ± {row.sd * 256**0.02:.3f}"
+    read = Reader(page)
+    assert [words(" ".join(cells)) for cells in read.rows["lengths"][1:]] == [
+        words(f"{report.GLYPHS[i]} {' '.join(cells)}") for i, cells in enumerate(body)
     ]
-    assert "#lengths" in {attrs["href"] for tag, attrs in page.tags if tag == "a"}
+    assert "#lengths" in {attrs["href"] for tag, attrs in read.tags if tag == "a"}
 
 
 def test_a_variant_without_a_finished_run_keeps_its_row_of_lengths(synthetic):
     study, records = synthetic.build()
-    comparison = at_lengths(study, [r for r in records if not (r["variant"] == "gla" and r["phase"] == "final")])
+    comparison = Comparison(study, [r for r in records if not (r["variant"] == "gla" and r["phase"] == "final")])
     _, rows = report.length_table(comparison)
     assert {row[0]: row[1:] for row in rows}["gla"] == [formats.NOTHING] * 3
-    assert report.length_table(Comparison(*synthetic.build())) == (["variant"], [])
+
+
+def test_a_study_at_one_length_has_neither(synthetic):
+    comparison = Comparison(*synthetic.small({"base": [1.0], "a": [0.1]}))
+    assert report.length_table(comparison) == (["variant"], [])
+    assert "Longer sequences" not in report.html(comparison) + report.markdown(comparison)
 
 
 def test_markdown_escapes(hostile):
@@ -223,7 +218,10 @@ def test_the_page_carries_the_numbers(comparison, page):
 
 def test_the_verdict_comes_first(page):
     order = [attrs["id"] for tag, attrs in Reader(page).tags if tag == "section"]
-    shown = ["verdict", "quality", "cost", "curves", "tuning", "routing", "inside", "rules", "runs", "configurations", "machines"]
+    shown = [
+        "verdict", "quality", "cost", "curves", "lengths", "tuning", "routing", "inside", "rules", "runs", "configurations",
+        "machines",
+    ]  # fmt: skip
     assert order == shown
 
 
