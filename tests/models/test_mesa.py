@@ -11,7 +11,7 @@ from gatework.models.mesa import MesaOptimizer, one_gradient_step, optimal_rate
 
 
 def rows(start, count=6, length=12, dimensions=3, scale=1.0, seed=0):
-    task = make_task("in_context_ar", start=start, length=length, dimensions=dimensions, scale=scale)
+    task = make_task("in_context_ar", start=start, length=length, dimensions=dimensions, scale=scale, pairs=False)
     x, y = task.rows(count, torch.Generator().manual_seed(seed))
     return x.double(), y.double()
 

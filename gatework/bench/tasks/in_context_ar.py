@@ -25,15 +25,16 @@ class InContextAR(Task):
     ``gaussian`` all its d numbers are N(0, scale^2); with ``sparse`` one of them, any, is +-scale and the others 0; with ``sign``
     all are +-scale.
 
-    The input at place t is x_t and the target x_{t+1}; a row holds T - 1 places of a sequence of ``length`` T. The score is the
-    mean squared error per number over the places 2 .. T - 1, divided by that of predicting 0, so that 1 is no better than that:
-    at place 1 nothing can be known.
+    The input at place t is x_t with x_{t-1} behind it (x_0 = 0), as in the paper, and the target x_{t+1}; a row holds T - 1 places
+    of a sequence of ``length`` T. The score is the mean squared error per number over the places 2 .. T - 1, divided by that of
+    predicting 0, so that 1 is no better than that: at place 1 nothing can be known.
 
     Args:
         dimensions: d.
         length: T.
         start: law of the first vector.
         scale: of the first vector.
+        pairs: whether x_{t-1} stands beside x_t; without it a model has to fetch it (:class:`gatework.models.MesaOptimizer` does).
 
     Raises:
         GateworkError: sizes that do not fit.
@@ -59,11 +60,13 @@ class InContextAR(Task):
     #: Weight of the ridge regression that the context allows, to compare with.
     RIDGE: ClassVar[float] = 1e-3
 
-    def __init__(self, dimensions: int = 5, length: int = 32, start: Start = "gaussian", scale: float = 1.0) -> None:
+    def __init__(
+        self, dimensions: int = 5, length: int = 32, start: Start = "gaussian", scale: float = 1.0, pairs: bool = True
+    ) -> None:
         if dimensions < 1 or length < 3 or not scale > 0:
             given = f"{dimensions}, {length} and {scale}"
             raise GateworkError(f"dimensions must be at least 1, length at least 3 and scale positive, got {given}")
-        self.dimensions, self.length, self.start, self.scale = dimensions, length, start, scale
+        self.dimensions, self.length, self.start, self.scale, self.pairs = dimensions, length, start, scale, pairs
         # Seeds that no training stream uses: PyTorch's CPU generator takes the lower 32 bits of a seed, `batches` the lower 31.
         self.splits = {
             split: self.rows(self.EVALUATION_ROWS, torch.Generator().manual_seed(2**31 + index))
@@ -73,13 +76,16 @@ class InContextAR(Task):
         self._ridge: dict[str, Tensor] = {}
 
     def rows(self, count: int, generator: torch.Generator) -> Batch:
-        """``count`` sequences: inputs and targets, both (count, length - 1, 2 dimensions)."""
+        """``count`` sequences: inputs (count, length - 1, 4 dimensions), without pairs (count, length - 1, 2 dimensions) as the
+        targets."""
         d = self.dimensions
         phase = 2 * torch.pi * torch.rand(count, 1, d, dtype=torch.float64, generator=generator)
         first = self._first(count, generator)[:, None]
         angle = phase * torch.arange(self.length)[:, None]
         x = torch.stack([first * angle.cos(), first * angle.sin()], -1).flatten(2).float()
-        return x[:, :-1], x[:, 1:]
+        now = x[:, :-1]
+        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-2]], 1)
+        return torch.cat([now, before], -1) if self.pairs else now, x[:, 1:]
 
     def _first(self, count: int, generator: torch.Generator) -> Tensor:
         """x_1, (count, dimensions), real."""
@@ -92,8 +98,8 @@ class InContextAR(Task):
         return self.scale * signs
 
     def model_arguments(self) -> dict[str, Any]:
-        """Width of a vector, coming in and going out."""
-        return {"inputs": 2 * self.dimensions, "outputs": 2 * self.dimensions}
+        """Widths of an input and of a vector."""
+        return {"inputs": (4 if self.pairs else 2) * self.dimensions, "outputs": 2 * self.dimensions}
 
     def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
         """Fresh sequences without end."""
@@ -117,7 +123,7 @@ class InContextAR(Task):
         output = torch.cat([predict(piece).float() for piece in pieces])
         x, y = x[: len(output)], y[: len(output)].double()
         if split not in self._ridge:
-            self._ridge[split] = ridge(self.splits[split][0].double(), self.RIDGE)
+            self._ridge[split] = ridge(self.splits[split][0][..., : y.shape[-1]].double(), self.RIDGE)
         error = (output.double() - y).square().mean((0, 2))
         reference = (self._ridge[split][: len(y)] - y).square().mean((0, 2))
         zero = y.square().mean((0, 2))

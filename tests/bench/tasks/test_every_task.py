@@ -36,7 +36,7 @@ def uniform(made):
     if made.backbone == "mixture":
         return lambda x: torch.zeros(len(x), 3, 1)  # A standard normal distribution.
     if made.backbone == "sequence_regressor":
-        return torch.zeros_like
+        return lambda x: torch.zeros(*x.shape[:2], made.model_arguments()["outputs"])
     if made.backbone == "pfn":
         return lambda x: torch.zeros(len(x), int((x[0, :, -1] == 0).sum()), made.distribution.bars)
     if made.backbone == "entities":

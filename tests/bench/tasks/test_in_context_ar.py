@@ -17,8 +17,14 @@ from .made import take, task
 
 @pytest.mark.parametrize("start", ["gaussian", "sparse", "sign"])
 def test_every_sequence_is_turned_by_a_map_of_its_own(start):
-    made = make_task("in_context_ar", dimensions=4, length=9, start=start, scale=0.5)
-    ((x, y),) = take(made, 0, 200, 1)
+    made, single = (make_task("in_context_ar", dimensions=4, length=9, start=start, scale=0.5, pairs=p) for p in (True, False))
+    ((both, y),), ((x, same),) = take(made, 0, 200, 1), take(single, 0, 200, 1)
+    assert torch.equal(y, same)
+    assert torch.equal(both[..., :8], x)
+    assert torch.equal(both[:, 1:, 8:], x[:, :-1])
+    assert not both[:, 0, 8:].any()
+    assert made.model_arguments() == {"inputs": 16, "outputs": 8}
+    assert single.model_arguments() == {"inputs": 8, "outputs": 8}
     assert x.shape == y.shape == (200, 8, 8)
     assert torch.equal(x[:, 1:], y[:, :-1])
     z = torch.view_as_complex(torch.cat([x, y[:, -1:]], 1).double().unflatten(-1, (-1, 2)).contiguous())
@@ -56,13 +62,14 @@ def test_ridge_is_the_least_squares_of_each_prefix():
 def test_scores_of_models_that_are_known():
     made = make_task("in_context_ar", start="sparse", length=12)
     rate = optimal_rate("sparse", 5, 12)
-    exact = made.evaluate(lambda x: one_gradient_step(x, rate), "test")
+    exact = made.evaluate(lambda x: one_gradient_step(x[..., :10], rate), "test")
     assert exact["relative_mse"] < 1e-10
     assert 0 < exact["ridge_last"] < 1e-4 < exact["ridge"] < 0.2
-    nothing = made.evaluate(torch.zeros_like, "test", max_batches=2)
+    nothing = made.evaluate(lambda x: torch.zeros_like(x[..., :10]), "test", max_batches=2)
     assert nothing["relative_mse"] == nothing["relative_mse_last"] == pytest.approx(1)
     assert nothing["loss"] == pytest.approx(0.1)  # One of ten numbers, in the mean, is 1 in absolute value.
-    assert task("in_context_ar").evaluate(torch.zeros_like, "validation")["loss"] == pytest.approx(0.5, rel=0.1)
+    gaussian = task("in_context_ar").evaluate(lambda x: torch.zeros_like(x[..., :10]), "validation")
+    assert gaussian["loss"] == pytest.approx(0.5, rel=0.1)
 
 
 def test_the_first_place_does_not_count():
