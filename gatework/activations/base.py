@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,8 +44,7 @@ class ExpandedGate(SelfGated):
     rate is that of the other weights and it gets **no weight decay**: ``no_weight_decay`` names it.
     """
 
-    #: Parameters that an optimizer should leave out of its weight decay.
-    no_weight_decay: ClassVar[tuple[str, ...]] = ("alpha",)
+    no_weight_decay = ("alpha",)
 
     def __init__(self) -> None:
         super().__init__()

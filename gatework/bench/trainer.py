@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gatework.bench.study import Variant
-from gatework.core.contracts import metrics
+from gatework.core.contracts import decay_groups, metrics
 from gatework.core.cost import count_flops, peak_bytes
 from gatework.core.errors import GateworkError
 from gatework.core.registry import build
@@ -61,13 +61,10 @@ def _label(name: str) -> str:
 
 
 def build_learner(model: nn.Module, task: Any, variant: Variant, learning_rate: float, steps: int) -> Learner:
-    """The variant's learner: its optimizer (weight decay on matrices only), schedule and gradient clipping at norm
-    1."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """The variant's learner: its optimizer (weight decay by :func:`~gatework.core.decay_groups`), schedule and gradient clipping
+    at norm 1."""
+    decayed, others = decay_groups(model)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     try:
         optimizer = build(variant.optim, "optim", params=[group for group in groups if group["params"]], lr=learning_rate)
         schedule = build(variant.schedule, "schedule", optimizer=optimizer, total_steps=steps)

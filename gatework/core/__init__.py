@@ -18,6 +18,7 @@ from gatework.core.contracts import (
     Weight,
     advance,
     capability,
+    decay_groups,
     in_backward,
     losses,
     metrics,
@@ -30,6 +31,6 @@ from gatework.core.routing import Routing
 __all__ = [
     "CAPABILITIES", "Activation", "Balance", "ChannelGate", "Component", "DepthPolicy", "DepthState", "Experts", "FeedForward",
     "Gate", "GateworkError", "No", "Part", "PartError", "Routing", "SequenceMixer", "Spec", "State", "Weight", "advance", "build",
-    "build_pattern", "capability", "check", "entries", "in_backward", "lookup", "losses", "metrics", "parse", "parse_pattern",
-    "parse_settings", "register",
+    "build_pattern", "capability", "check", "decay_groups", "entries", "in_backward", "lookup", "losses", "metrics", "parse",
+    "parse_pattern", "parse_settings", "register",
 ]

@@ -70,6 +70,7 @@ class Part(nn.Module, ABC):
     example: ClassVar[Mapping[str, Any]] = {}
     exact: ClassVar[tuple[str, ...]] = ()
     fades: ClassVar[tuple[str, ...]] = ()
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
@@ -421,6 +422,21 @@ def advance(model: nn.Module, step: int, total_steps: int) -> None:
             move(step, total_steps)
 
 
+def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters to use with and without weight decay, in the model's order: decay is for matrices (and tensors of
+    more axes) that no module names in a tuple ``no_weight_decay``."""
+    spared = set()
+    for module in model.modules():
+        names = getattr(module, "no_weight_decay", ())
+        spared |= {id(getattr(module, name)) for name in names} if isinstance(names, tuple) else set()
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for p in model.parameters():
+        if p.requires_grad:
+            (decayed if p.ndim >= 2 and id(p) not in spared else others).append(p)
+    return decayed, others
+
+
 def in_backward() -> bool:
     """Whether this code runs inside a backward pass, that is, as the recomputation of activation checkpointing.
 
@@ -431,5 +447,6 @@ def in_backward() -> bool:
 
 __all__ = [
     "CAPABILITIES", "Activation", "Balance", "ChannelGate", "Component", "DepthPolicy", "DepthState", "Experts", "FeedForward",
-    "Gate", "No", "Part", "SequenceMixer", "State", "Weight", "advance", "capability", "in_backward", "losses", "metrics",
+    "Gate", "No", "Part", "SequenceMixer", "State", "Weight", "advance", "capability", "decay_groups", "in_backward", "losses",
+    "metrics",
 ]

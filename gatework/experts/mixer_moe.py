@@ -67,6 +67,7 @@ class MixERLayer(Component):
     capabilities = Component.capabilities | {
         "compiles": No("rows are sorted by expert, and the lengths of the segments are data"),
     }
+    no_weight_decay = ("contexts",)
     weight: Tensor
 
     def __init__(

@@ -59,6 +59,7 @@ class HashGridEncoding(nn.Module):
     strides: Tensor
     hashed: Tensor
     corners: Tensor
+    no_weight_decay = ("table",)
 
     def __init__(
         self, d: int, levels: int = 8, features: int = 2, log2_size: int = 12, n_min: int = 4, n_max: int = 256

@@ -11,8 +11,9 @@ from gatework.bench import trainer, trial
 from gatework.bench.store import Plan
 from gatework.bench.study import define
 from gatework.bench.tasks import make_task
-from gatework.core import GateworkError
+from gatework.core import GateworkError, decay_groups
 from gatework.core.contracts import No
+from gatework.experts.mixer_moe import MixERLayer
 from gatework.mixers import Attention
 from gatework.models import Decoder
 
@@ -313,6 +314,15 @@ def test_decay_is_for_matrices(data):
     assert set(decays) == set(model.parameters())
     assert {p.ndim >= 2 for p, decay in decays.items() if decay > 0} == {True}
     assert {p.ndim < 2 for p, decay in decays.items() if decay == 0} == {True}
+
+
+def test_decay_spares_what_a_part_names():
+    model = torch.nn.Sequential(MixERLayer(d_in=2, d_out=1, environments=3), torch.nn.Linear(1, 2))
+    model[1].weight.requires_grad_(False)
+    decayed, others = decay_groups(model)
+    assert [p.ndim for p in others].count(2) == 1
+    assert any(p is model[0].contexts for p in others)
+    assert sorted(map(id, decayed + others)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
 def test_a_classifier_is_trained_by_the_same_loop():
