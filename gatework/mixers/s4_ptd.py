@@ -6,7 +6,8 @@ HiPPO-LegS has none: an input with a little noise at their frequencies is drowne
 
     A + E = V diag(lambda) V^-1    b = V^-1 B    c = C V    |E| <= epsilon |A| (spectral norms)
 
-so the transfer function differs from HiPPO-LegS's by about (2 ln N + 4) epsilon at most. The layer is S4D's, with zero-order hold:
+so the transfer function differs from HiPPO-LegS's by at most (2 ln N + 4) epsilon |C| |B| or so at any frequency. The layer is
+S4D's, with zero-order hold:
 
     h_n' = lambda_n h_n + b_n u    o = Re sum_n c_n h_n    y = GLU(W gelu(o + skip u) + bias)
 

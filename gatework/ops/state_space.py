@@ -371,7 +371,8 @@ def _advance(state: Tensor, power: Tensor, dense: bool) -> Tensor:
     """A power of A times states (G, B, S)."""
     if dense:
         return state @ power
-    return torch.cat(multiply((power[:, 0, None], power[:, 1, None]), state.chunk(2, -1)), -1)
+    re, im = state.chunk(2, -1)
+    return torch.cat(multiply((power[:, 0, None], power[:, 1, None]), (re, im)), -1)
 
 
 class _Transposed(torch.autograd.Function):
