@@ -38,7 +38,7 @@ class BarDistribution(Component):
     with. In float32 or better.
 
     Args:
-        borders: b_0 .. b_n, strictly rising, n at least 2; :func:`equal_mass` finds some for samples.
+        borders: b_0 .. b_n, strictly rising, n at least 2; ``equal_mass`` of this module finds some for samples.
 
     Buffers: ``borders``.
 
