@@ -46,6 +46,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gatework.ops import fla
 from gatework.ops.linear_recurrence import STEP_LENGTH, _diagonal, _documents
 from gatework.ops.precision import without_autocast
 
@@ -87,13 +88,15 @@ def gated_delta_rule(
         chunk: length of a chunk, a power of two.
 
     The outputs have v's dtype; inside, half precisions are computed in float32, and so is the state returned. Double
-    backward is not supported.
+    backward is not supported. On CUDA, half precisions go to the kernels of :mod:`gatework.ops.fla` where those are installed.
 
     Raises:
         ValueError: for a chunk length that is not a power of two.
     """
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk {chunk} must be a power of two")
+    if segments is None and q.shape[1] > STEP_LENGTH and fla.available(q, k, v):
+        return fla.delta_rule(q, k, v, beta, log_decay, scale, state)
     dtype = torch.promote_types(v.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
@@ -143,12 +146,12 @@ def _chunked(
     inputs = [x.split(stretch, 1) for x in (q, k, v, beta)]
     decays = [None] * len(inputs[0]) if log_decay is None else log_decay.split(stretch, 1)
     documents = [None] * len(inputs[0]) if segments is None else segments.split(stretch, 1)
-    before = None if segments is None else segments[:, :1]
+    before: Tensor | None = None
     outputs = []
     for *xs, decay, ids in zip(*inputs, decays, documents, strict=True):
         same = carry = None
         if ids is not None:
-            same, carry = _documents(before, ids, chunk, state.dtype)
+            same, carry = _documents(ids[:, :1] if before is None else before, ids, chunk, state.dtype)
             before = ids[:, -1:]
         given = [None if x is None else _cut(x, chunk) for x in (*xs, decay)]
         out, state = _Chunks.apply(*given, state, same, carry, scale)

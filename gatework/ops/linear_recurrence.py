@@ -39,6 +39,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gatework.ops import fla
 from gatework.ops.precision import without_autocast
 
 #: Up to this many tokens, without gradients, the recurrence is stepped: cheaper than a chunk, and what decoding does.
@@ -84,6 +85,9 @@ def gated_linear_recurrence(
         raise ValueError(f"chunk {chunk} and sub_chunk {sub_chunk} must be powers of two with sub_chunk <= chunk")
     if log_decay is not None and log_decay.shape[-1] not in (1, (k if axis == "keys" else v).shape[-1]):
         raise ValueError(f"log_decay has one number per head or one per channel of the {axis}, not {log_decay.shape[-1]}")
+    long = q.shape[1] > STEP_LENGTH and segments is None
+    if long and axis == "keys" and log_decay is not None and log_decay.shape == k.shape and fla.available(q, k, v):
+        return fla.linear_recurrence(q, k, v, log_decay, scale, state)
     dtype = torch.promote_types(v.dtype, torch.float32)
     length, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
