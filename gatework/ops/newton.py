@@ -1,0 +1,445 @@
+"""Nonlinear recurrences ``s_t = f(s_{t-1}, x_t)`` whose Jacobian acts on each channel alone, solved for all t side by side.
+
+Danieli et al., ParaRNN: Unlocking Parallel Training of Nonlinear RNNs for Large Language Models, 2025, arXiv 2510.21450, writes the
+recurrence as one system of equations, F_t = s_t - f(s_{t-1}, x_t) = 0 for t = 1 .. T, and solves it by Newton's method: each
+iteration is a linear recurrence, delta_t = J_t delta_{t-1} - F_t with J_t = df/ds at s_{t-1}, which a parallel reduction solves.
+
+Here the unknowns are the states at the borders of chunks (multiple shooting). All chunks are stepped side by side from the present
+guesses of their first states, which gives each chunk's end and, where it is needed, the product of its Jacobians; the same linear
+recurrence over the borders then moves the guesses. Chunks of one step are the paper's method, one chunk is the plain loop. In
+between, a chunk forgets most of what its first state was, so that few iterations are needed, often none: the first guess of a
+chunk's first state is the end of the chunk before it when stepped from 0 (for chunks of one step f(0, x_t), as in the paper), and
+Jacobians are only computed where that was not enough. The error is squared by every iteration, and after k of them the first k + 1
+chunks are exact whatever the weights.
+
+Iterations stop when no border moves by more than :data:`ROUNDING` units of rounding. After :data:`LIMIT` of them the loop steps
+through what Newton's method could not solve, so that the result is always the recurrence's. A guess out of the states' bounds is
+moved to them, which brings it nearer to the solution. The paper iterates three times whatever the residual (``iterations=3,
+chunk=1``) and takes the last guess; here the cell is evaluated at it once more, which gives the residual too.
+
+The backward pass does not differentiate the iterations: adjoints come from one linear recurrence from behind with the transposed
+Jacobians at the solution, and a :class:`Cell` gives the rest in closed form.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gatework.ops.precision import without_autocast
+from gatework.ops.scan import associative_scan
+
+#: Iterations end when the residual is at most this many units of rounding: states are of the order of 1.
+ROUNDING = 16
+#: Iterations after which a recurrence is stepped instead.
+LIMIT = 8
+#: Elements of one step of all chunks, about: enough to hide what calling an operation costs, few enough for the caches.
+STEP = 2**15
+#: The same where steps need not wait for each other and are taken some at once.
+STRETCH = 2**16
+#: Elements of one time step from which on the loop is faster than chunks, which do all at least twice.
+WIDE = 2**12
+#: Shorter chunks forget too little of their first state, and need too many iterations.
+SHORTEST = 32
+
+
+class Cell(ABC):
+    """A recurrent cell ``s_t = f(s_{t-1}, gates_t)`` of S states and G gates per channel, channels apart, with its derivatives.
+
+    One gate passes a tanh, computed as 2 sigmoid(2a) - 1 (which is several times as fast on a CPU and differs by a unit of rounding
+    of 1): the solver doubles this gate's input and weights beforehand, wherever the cell says ``doubled``.
+
+    Arrays are (steps, rows, n, B, D), for n chunks and B sequences side by side: ``before`` and ``after`` hold the states before
+    and after each step, ``gates`` the gates' inputs, ``values`` what the cell keeps of a step, ``local`` derivatives; ``weight`` is
+    (weights, D). Each of the numbers below is one of rows. States that start within [-1, 1] stay there.
+    """
+
+    #: What a compiled graph calls the cell.
+    name: ClassVar[str]
+    states: ClassVar[int]
+    gates: ClassVar[int]
+    values: ClassVar[int]
+    weights: ClassVar[int]
+    derivatives: ClassVar[int]
+    #: The gate, and its weight, that pass the tanh.
+    doubled: ClassVar[int]
+    known: ClassVar[dict[str, type[Cell]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        # An operation of a compiled graph takes no classes, but names.
+        Cell.known[cls.name] = cls
+
+    @staticmethod
+    @abstractmethod
+    def steps(weight: Tensor, gates: Tensor, before: Tensor, after: Tensor, values: Tensor) -> Iterator[None]:
+        """Take one step whenever asked for the next: fill its ``after`` and ``values``. Here the weight and the input of the gate
+        ``doubled`` are."""
+
+    @staticmethod
+    @abstractmethod
+    def linearise(weight: Tensor, before: Tensor, after: Tensor, values: Tensor, jacobian: Tensor, local: Tensor) -> None:
+        """Write the Jacobians (steps, S, S, ..., D), [i, j] = ds_i / ds_j before, and ``local``, what :meth:`gradients` needs."""
+
+    @staticmethod
+    @abstractmethod
+    def gradients(before: Tensor, after: Tensor, values: Tensor, local: Tensor, adjoint: Tensor, by_weight: Tensor) -> None:
+        """Turn the first G rows of ``local`` into the gradients of the gates' inputs, and add those of the weights to
+        ``by_weight`` (steps, weights, ..., D), not yet summed over what runs side by side.
+
+        ``adjoint`` (steps, S, ..., D) are the gradients of the states after each step, by all that comes after.
+        """
+
+
+def newton_recurrence(
+    cell: type[Cell],
+    gates: Float[Tensor, "B T G *channels"],
+    weight: Float[Tensor, "W *channels"],
+    state: Float[Tensor, "S B *channels"] | None = None,
+    *,
+    segments: Int[Tensor, "B T"] | None = None,
+    chunk: int | None = None,
+    iterations: int | None = None,
+) -> tuple[Float[Tensor, "S B T *channels"], Float[Tensor, ""], Float[Tensor, ""]]:
+    """All states of a recurrence, the number of Newton iterations and the residual max |s_t - f(s_{t-1}, x_t)| that they left.
+
+    Args:
+        cell: the recurrence, with its derivatives.
+        gates: the inputs of the cell's gates.
+        weight: its weights, one of each kind per channel.
+        state: the states before the first step; None is 0.
+        segments: ids of packed documents, equal ids contiguous: the state is 0 where the id changes.
+        chunk: steps of a chunk; None chooses by sizes and device. 1 is the paper's method, T or more the loop.
+        iterations: None for the exact result; a number for so many Newton iterations, converged or not.
+
+    Computed, and returned, in float32 or better. Double backward is not supported. In a compiled graph all of this is one
+    operation.
+
+    Raises:
+        ValueError: for a ``chunk`` below 1 or negative ``iterations``.
+    """
+    if (chunk is not None and chunk < 1) or (iterations is not None and iterations < 0):
+        raise ValueError(f"chunk must be at least 1 and iterations at least 0, got {chunk} and {iterations}")
+    batch, length = gates.shape[:2]
+    channels = gates.shape[3:]
+    dtype = torch.promote_types(gates.dtype, torch.float32)
+    with without_autocast(gates.device):
+        if state is None:
+            state = gates.new_zeros(cell.states, batch, *channels, dtype=dtype)
+        gates, weight, state = gates.to(dtype), weight.to(dtype), state.to(dtype)
+        if gates.numel() == 0:
+            nothing = gates.sum() + weight.sum() * 0 + state.sum() * 0
+            return gates.new_zeros(cell.states, batch, length, *channels) + nothing, nothing.detach(), nothing.detach()
+        fresh = None
+        if segments is not None:
+            fresh = torch.zeros_like(segments, dtype=torch.bool)
+            fresh[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        chunk = min(chunk or _chunk_length(gates), length)
+        count = -1 if iterations is None else iterations
+        states, _, done, residual = _Recurrence.apply(cell.name, gates, weight, state, fresh, chunk, count)
+    return states, done, residual
+
+
+def _chunk_length(gates: Tensor) -> int:
+    """The steps of a chunk, from the sizes alone: the states do not depend on the number of threads."""
+    length, width = gates.shape[1], gates[:, 0, 0].numel()
+    if not gates.is_cpu:
+        return 16  # An operation costs the same whatever its size: few steps are better than few iterations.
+    chunk = max(SHORTEST, _chunks(length * width, STEP))
+    return length if width >= WIDE or 4 * chunk > length else chunk
+
+
+def _chunks(length: int, chunk: int) -> int:
+    """Chunks that cover a length, the last of them in part."""
+    return -(-length // chunk)
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, cell: str, gates: Tensor, weight: Tensor, state: Tensor, fresh: Tensor | None, chunk: int, iterations: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # In a compiled graph the iterations, whose number is data, hide behind one operation.
+        solve = _solve_operation if torch.compiler.is_compiling() else _solve
+        states, values, done, residual = solve(cell, gates, weight, state, fresh, chunk, iterations)
+        ctx.cell = cell
+        ctx.save_for_backward(weight, state, fresh, states, values)
+        ctx.mark_non_differentiable(values, done, residual)
+        ctx.set_materialize_grads(False)
+        return states, values, done, residual
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        differentiate = _differentiate_operation if torch.compiler.is_compiling() else _differentiate
+        gates, weight, state = differentiate(ctx.cell, grad, *ctx.saved_tensors)
+        return None, gates, weight, state, None, None, None
+
+
+# -- Arrays by step: (C, rows, n, B, D) for n chunks of C steps. A chunk's first steps of all sequences lie together.
+
+
+def _pairs(steps: Tensor, x: Tensor, chunk: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of an array by step, holding the steps of each chunk from ``first`` on, and of ``x`` (B, T, rows, *channels) that are
+    of the same elements: those of the whole chunks, and those of the rest."""
+    count = len(steps)
+    steps = steps.unflatten(-1, x.shape[3:])
+    by_row = steps.permute(3, 2, 0, 1, *range(4, steps.dim()))  # (B, n, count, rows, *channels)
+    whole, rest = divmod(x.shape[1], chunk)
+    yield by_row[:, :whole], x[:, : whole * chunk].unflatten(1, (whole, chunk))[:, :, first : first + count]
+    count = min(count, rest - first)
+    if count > 0:
+        yield by_row[:, whole, :count], x[:, whole * chunk + first :][:, :count]
+
+
+def _by_step(x: Tensor, chunk: int) -> Tensor:
+    """``x`` (B, T, rows, *channels) by step; 0 where the last chunk goes beyond it."""
+    batch, length, rows = x.shape[:3]
+    width, rest = x[0, 0, 0].numel(), length % chunk
+    steps = x.new_empty(chunk, rows, _chunks(length, chunk), batch, width)
+    if rest:
+        steps[rest:, :, -1] = 0
+    for there, here in _pairs(steps, x, chunk):
+        there.copy_(here)
+    return steps
+
+
+def _kept(fresh: Tensor | None, chunk: int, dtype: torch.dtype) -> Tensor | None:
+    """The factor on the state before each step, (C, 1, n, B, 1): 0 where a document starts."""
+    return None if fresh is None else _by_step(fresh.logical_not().to(dtype)[:, :, None, None], chunk)
+
+
+def _states(cell: type[Cell], gates: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Room for the states before and after each step; one array where nothing is reset in between."""
+    chunk, _, *sizes = gates.shape
+    track = gates.new_empty(chunk + 1, cell.states, *sizes)
+    return track[:-1] if kept is None else gates.new_empty(chunk, cell.states, *sizes), track[1:]
+
+
+def _run(
+    cell: type[Cell], weight: Tensor, gates: Tensor, starts: Tensor, kept: Tensor | None, before: Tensor, after: Tensor,
+    values: Tensor,
+) -> None:
+    """Step all chunks side by side from their first states ``starts`` (S, n, B, D)."""
+    steps = cell.steps(weight, gates, before, after, values)
+    if kept is None:
+        before[0] = starts
+        for _ in steps:
+            pass
+        return
+    torch.mul(starts, kept[0], out=before[0])
+    for t, _ in enumerate(steps, 1):
+        if t < len(gates):
+            torch.mul(after[t - 1], kept[t], out=before[t])
+
+
+def _linearised(
+    cell: type[Cell], weight: Tensor, before: Tensor, after: Tensor, values: Tensor, kept: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """From the last steps to the first, some at once: which, their Jacobians (k, S, S, n, B, D) and local derivatives.
+
+    Both are overwritten by the next ones, and so stay in the caches: computing them twice is faster than keeping them.
+    """
+    chunk, states, *sizes = before.shape
+    stretch = _stretch(before)
+    jacobians, locals_ = before.new_empty(stretch, states, states, *sizes), before.new_empty(stretch, cell.derivatives, *sizes)
+    for first in reversed(range(0, chunk, stretch)):
+        steps = slice(first, min(first + stretch, chunk))
+        count = steps.stop - first
+        jacobian, local = jacobians[:count], locals_[:count]
+        cell.linearise(weight, before[steps], after[steps], values[steps], jacobian, local)
+        if kept is not None:
+            jacobian *= kept[steps, None]
+        yield steps, jacobian, local
+
+
+def _stretch(before: Tensor) -> int:
+    """Steps that the element-wise work takes at once."""
+    return min(len(before), max(1, STRETCH // before[0, 0].numel()))
+
+
+def _back(jacobian: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    """The transposed matrices (S, S, *sizes) times vectors, given as S rows."""
+    sums = []
+    for column in range(len(rows)):
+        total = jacobian[0, column] * rows[0]
+        for row in range(1, len(rows)):
+            total.addcmul_(jacobian[row, column], rows[row])
+        sums.append(total)
+    return sums
+
+
+def _through(linearised: Iterator[tuple[slice, Tensor, Tensor]], grad: Tensor | None, sizes: torch.Size) -> Tensor:
+    """What a chunk's last state makes of its first: the transposed product of its Jacobians, (S, S, n, B, D), and where the steps'
+    own gradients ``grad`` (C, S, n, B, D) are given, one more column: the gradient of the first state by all of them."""
+    rows: list[Tensor] = []
+    for steps, jacobian, _ in linearised:
+        for t in reversed(range(steps.stop - steps.start)):
+            if not rows:
+                states = jacobian.shape[1]
+                rows = [jacobian.new_zeros(states + (grad is not None), *sizes) for _ in range(states)]
+                for i in range(states):
+                    rows[i][i] = 1
+            if grad is not None:
+                for row, own in zip(rows, grad[steps.start + t], strict=True):
+                    row[-1] += own
+            rows = _back(jacobian[t], rows)
+    # What has overflowed means no more than "very large", and times 0 it is 0.
+    return torch.stack(rows).nan_to_num(nan=0.0)
+
+
+def _times(matrix: Tensor, x: Tensor) -> Tensor:
+    """The matrices (S, S, *sizes) times vectors (S, *sizes) or matrices."""
+    return torch.stack(_back(matrix.transpose(0, 1), x.unbind(0)))
+
+
+def _along_borders(product: Tensor, added: Tensor) -> Tensor:
+    """``d_k = product_k d_{k-1} + added_k`` with d before the first 0: product (S, S, n, B, D), added (S, n, B, D)."""
+    states, n = len(product), added.shape[1]
+    if n <= 128:
+        steps = list(added.unbind(1))
+        for k in range(1, n):
+            steps[k] = steps[k] + _times(product[:, :, k], steps[k - 1])
+        return torch.stack(steps, 1)
+
+    def combine(earlier: tuple[Tensor, ...], later: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        first, second = (torch.stack(x[: states**2]).unflatten(0, (states, states)) for x in (earlier, later))
+        moved = torch.stack(later[states**2 :]) + _times(second, torch.stack(earlier[states**2 :]))
+        return *_times(second, first).flatten(0, 1).unbind(0), *moved.unbind(0)
+
+    return torch.stack(associative_scan(combine, (*product.flatten(0, 1).unbind(0), *added.unbind(0)), 0)[states**2 :])
+
+
+def _solve(
+    cell_name: str, gates: Tensor, weight: Tensor, state: Tensor, fresh: Tensor | None, chunk: int, iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The states (S, B, T, *channels), the cell's values by step, iterations done (as many as needed where ``iterations`` is -1)
+    and the residual."""
+    cell = Cell.known[cell_name]
+    batch, length, _, *channels = gates.shape
+    by_step, kept = _by_step(gates, chunk), _kept(fresh, chunk, gates.dtype)
+    doubled = weight.flatten(1).clone()
+    doubled[cell.doubled] *= 2
+    by_step[:, cell.doubled] *= 2
+    before, after = _states(cell, by_step, kept)
+    values = gates.new_empty(chunk, cell.values, *by_step.shape[2:])
+    starts = torch.zeros_like(before[0])
+    starts[:, 0] = state.flatten(2)
+    ends = after[-1, :, :-1]
+
+    def run() -> None:
+        _run(cell, doubled, by_step, starts, kept, before, after, values)
+
+    run()
+    done, residual = 0, gates.new_zeros(())
+    if length > chunk:
+        close = ROUNDING * torch.finfo(gates.dtype).eps
+        bound = max(1.0, float(state.abs().max()))
+        starts[:, 1:] = ends
+        run()
+        while True:
+            missing = ends - starts[:, 1:]
+            residual = missing.abs().max()
+            if done == iterations or (iterations < 0 and float(residual) <= close):
+                break
+            if iterations < 0 and done == LIMIT:
+                stepped = _solve(cell_name, gates, weight, state, fresh, length, iterations)[0]
+                starts[:, 1:] = stepped[:, :, chunk - 1 : -1 : chunk].flatten(3).transpose(1, 2)
+                run()
+                residual = (ends - starts[:, 1:]).abs().max()
+                break
+            done += 1
+            through = _through(_linearised(cell, weight.flatten(1), before, after, values, kept), None, starts.shape[1:])
+            better = starts[:, 1:] + _along_borders(through.transpose(0, 1)[:, :, :-1], missing)
+            starts[:, 1:] = torch.where(better.isfinite(), better, ends).clamp_(-bound, bound)
+            run()
+    states = gates.new_empty(cell.states, batch, length, *channels)
+    for there, here in _pairs(after, states.movedim(0, 2), chunk):
+        here.copy_(there)
+    return states, values, gates.new_tensor(float(done)), residual
+
+
+def _differentiate(
+    cell_name: str, grad: Tensor, weight: Tensor, state: Tensor, fresh: Tensor | None, states: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gates, weight and state from those of the states."""
+    cell = Cell.known[cell_name]
+    chunk, kept = len(values), _kept(fresh, len(values), grad.dtype)
+    before, after = _states(cell, values, kept)
+    after.copy_(_by_step(states.movedim(0, 2), chunk))
+    before[0, :, 1:] = after[-1, :, :-1]
+    before[0, :, 0] = state.flatten(2)
+    if kept is not None:
+        before[1:] = after[:-1]
+        before *= kept
+    own = _by_step(grad.movedim(0, 2), chunk)
+
+    def linearised() -> Iterator[tuple[slice, Tensor, Tensor]]:
+        return _linearised(cell, weight.flatten(1), before, after, values, kept)
+
+    if before.shape[2] > 1:
+        # What every chunk but the first sends to the end of the one before it, with what it has got from its own end.
+        through = _through(linearised(), own, before.shape[2:])[:, :, 1:].flip(2)
+        own[-1, :, :-1] += _along_borders(through[:, :-1], through[:, -1]).flip(1)
+    d_gates = _gradient(cell, states)
+    by_weight = grad.new_zeros(_stretch(before), cell.weights, *before.shape[2:])
+    later: list[Tensor] = []
+    for steps, jacobian, local in linearised():
+        adjoint = own[steps]
+        for t in reversed(range(len(adjoint))):
+            for row, more in zip(adjoint[t], later, strict=False):  # None at the last step.
+                row += more
+            later = _back(jacobian[t], adjoint[t].unbind(0))
+        cell.gradients(before[steps], after[steps], values[steps], local, adjoint, by_weight[: len(adjoint)])
+        for there, here in _pairs(local[:, : cell.gates], d_gates, chunk, steps.start):
+            here.copy_(there)
+    d_state = torch.stack([row[0] for row in later])
+    return d_gates, by_weight.sum((0, 2, 3)).view_as(weight), d_state.view_as(state)
+
+
+def _gradient(cell: type[Cell], states: Tensor) -> Tensor:
+    """Room for the gradient of the gates (B, T, G, *channels). Of channels (heads, K) the heads come first in memory, as a
+    projection of each head by itself has its outputs."""
+    batch, length, *channels = states.shape[1:]
+    if len(channels) == 1:
+        return states.new_empty(batch, length, cell.gates, *channels)
+    heads, *rest = channels
+    return states.new_empty(heads, batch, length, cell.gates, *rest).movedim(0, 3)
+
+
+_solve_operation = torch.library.custom_op(
+    "gatework::solve_recurrence", _solve, mutates_args=(),
+    schema="(str cell, Tensor gates, Tensor weight, Tensor state, Tensor? fresh, int chunk, int iterations)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_differentiate_operation = torch.library.custom_op(
+    "gatework::differentiate_recurrence", _differentiate, mutates_args=(),
+    schema="(str cell, Tensor grad, Tensor weight, Tensor state, Tensor? fresh, Tensor states, Tensor values)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_solve_operation.register_fake
+def _(
+    cell_name: str, gates: Tensor, weight: Tensor, state: Tensor, fresh: Tensor | None, chunk: int, iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cell = Cell.known[cell_name]
+    batch, length, _, *channels = gates.shape
+    states = gates.new_empty(cell.states, batch, length, *channels)
+    values = gates.new_empty(chunk, cell.values, _chunks(length, chunk), batch, math.prod(channels))
+    return states, values, gates.new_empty(()), gates.new_empty(())
+
+
+@_differentiate_operation.register_fake
+def _(
+    cell_name: str, grad: Tensor, weight: Tensor, state: Tensor, fresh: Tensor | None, states: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradient(Cell.known[cell_name], states), torch.empty_like(weight), torch.empty_like(state)
