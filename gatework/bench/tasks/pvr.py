@@ -33,9 +33,9 @@ class PVR(RegressionTask):
     ``test`` is all points, with four pointer bits 8192 random ones. ``validation``, which chooses, is those of all points (or of
     as many other random ones) whose held-out bit is +1, the distribution of the training data. The score is half of the mean
     squared error. On the test points an evaluation also says the same error by the held-out bit, ``seen_error`` (+1) and
-    ``unseen_error`` (-1), and the bit's ``influence``. A model that has learned the function with the bit frozen has exactly that
-    score; one that guesses how the bit matters has a lower one. Compare the two where the validation error is small (below 0.001,
-    say).
+    ``unseen_error`` (-1), and the bit's ``influence``. A model that has learned the function with the bit frozen at +1 has exactly
+    that score, one that guesses right how the bit matters a lower one. Compare the two where the validation error is small (below
+    0.001, say).
 
     Args:
         pointer: p, pointer bits, 1 to 4; d is p + 2^p.
