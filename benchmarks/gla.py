@@ -1,4 +1,5 @@
-"""Gated linear attention: the chunked recurrence against single steps and against softmax attention, forward and backward.
+"""Gated linear attention: the chunked recurrence against single steps and against softmax attention, forward and backward; so
+its two relatives, the two recurrences of gated slot attention (64 slots) and linear attention without decays.
 
 B 2, H 4, K = V = 64, float32, 2 threads. Log-decays are those of a fresh layer, logsigmoid(normal) / 16.
 """
@@ -41,6 +42,26 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     return gated_linear_recurrence(q, k, v, log_decay)[0]
 
 
+def slot_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    write = -torch.expm1(log_decay)
+    logits, _ = gated_linear_recurrence(q, k, write, log_decay, scale=1.0, axis="values")
+    return gated_linear_recurrence(logits.softmax(-1), write, v, log_decay, scale=1.0)[0]
+
+
+def stepped_slots(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    keys = values = q.new_zeros(BATCH, HEADS, WIDTH, WIDTH)
+    outputs = []
+    for q_t, k_t, v_t, decay in zip(*(x.unbind(1) for x in (q, k, v, log_decay.exp())), strict=True):
+        keys = decay[..., None] * keys + (1 - decay)[..., None] * k_t[..., None, :]
+        values = decay[..., None] * values + (1 - decay)[..., None] * v_t[..., None, :]
+        outputs.append(((keys @ q_t[..., None]).transpose(-1, -2).softmax(-1) @ values)[..., 0, :])
+    return torch.stack(outputs, 1)
+
+
+def undecayed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return gated_linear_recurrence(q, k, v, None)[0]
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
     return heads.transpose(1, 2)
@@ -59,7 +80,11 @@ def both_ways(function: Callable[..., Tensor], xs: list[Tensor]) -> Callable[[],
 def check() -> None:
     """Outputs and gradients in float64 equal the recurrence's before any speed is printed."""
     xs = inputs(200, torch.float64)
-    for ours, theirs in zip(both_ways(chunked, xs)(), both_ways(stepped, xs)(), strict=True):
+    for fast, slow in ((chunked, stepped), (slot_attention, stepped_slots)):
+        for ours, theirs in zip(both_ways(fast, xs)(), both_ways(slow, xs)(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    none = torch.zeros_like(xs[3])
+    for ours, theirs in zip(both_ways(undecayed, xs[:3])(), both_ways(lambda *x: stepped(*x, none), xs[:3])(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     xs = inputs(LENGTH)
     for ours, theirs in zip(both_ways(chunked, xs)(), both_ways(stepped, xs)(), strict=True):
@@ -75,6 +100,12 @@ def main() -> None:
     xs = inputs(LENGTH)
     ours, theirs = interleaved(both_ways(chunked, xs), both_ways(stepped, xs), repeats=9, warmup=1)
     row(f"gla T={LENGTH}: chunked vs stepped", ours, theirs, "chunked", "stepped", ">= 10", theirs / ours >= 10)
+
+    softmax = both_ways(attention, xs[:3])
+    for name, ours in (("gsa", both_ways(slot_attention, xs)), ("linear_attention", both_ways(undecayed, xs[:3]))):
+        ours, theirs = interleaved(ours, softmax, repeats=9, warmup=1)
+        label = f"{name} T={LENGTH}: chunked vs causal softmax attention"
+        row(label, ours, theirs, "chunked", "sdpa", ">= 1", theirs / ours >= 1)
 
     seconds, faster = {}, {}
     for length in LENGTHS:

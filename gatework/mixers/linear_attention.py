@@ -160,8 +160,9 @@ class LinearAttention(RecurrentMixer):
             else:
                 # What a token's document holds before and after it, both with the token's own.
                 before, _ = gated_linear_recurrence(q, k, v, None, segments=segments, scale=scale, chunk=self.chunk)
-                turned = (some.flip(1) for some in (q, k, v))
-                after, _ = gated_linear_recurrence(*turned, None, segments=segments.flip(1), scale=scale, chunk=self.chunk)
+                after, _ = gated_linear_recurrence(
+                    q.flip(1), k.flip(1), v.flip(1), None, segments=segments.flip(1), scale=scale, chunk=self.chunk
+                )
                 o = before + after.flip(1) - scale * (q * k).sum(-1, keepdim=True) * v
             if self.normalize:
                 o = o[..., :-1] / (o[..., -1:] + EPS)

@@ -170,9 +170,9 @@ class BidirectionalGLA2d(RecurrentMixer):
             log_decay = log_decay.masked_fill(~real[..., None], 0)
         forth, back = (some.unflatten(-1, split) for some in log_decay.chunk(2, -1))
         # Both directions as one batch.
-        both = [torch.cat([some, some.flip(1)]) for some in (q, k, v)]
+        q, k, v = (torch.cat([some, some.flip(1)]) for some in (q, k, v))
         ids = None if segments is None else torch.cat([segments, segments.flip(1)])
-        o, _ = gated_linear_recurrence(*both, torch.cat([forth, back.flip(1)]), segments=ids, chunk=self.chunk)
+        o, _ = gated_linear_recurrence(q, k, v, torch.cat([forth, back.flip(1)]), segments=ids, chunk=self.chunk)
         before, after = o.chunk(2)
         return self.outputs((before + after.flip(1)) / 2, c, kept)
 

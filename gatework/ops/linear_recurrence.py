@@ -91,17 +91,18 @@ def gated_linear_recurrence(
     dtype = torch.promote_types(v.dtype, torch.float32)
     length, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
-        xs = [None if x is None else x.to(dtype) for x in (q if scale == 1 else q * scale, k, v, log_decay)]
+        q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
+        decay = None if log_decay is None else log_decay.to(dtype)
         if state is None:
             state = v.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1], dtype=dtype)
         state = state.to(dtype)
-        recording = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*xs, state))
+        recording = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, values, decay, state))
         if length == 0:
             return v.clone(), state
         if length <= STEP_LENGTH and not recording and segments is None:
-            out, state = _stepped(*xs, state, axis)
+            out, state = _stepped(q * scale, k, values, decay, state, axis)
         else:
-            out, state = _chunked(xs, state, segments, axis, chunk, sub_chunk)
+            out, state = _chunked(q, k, values, decay, state, segments, scale, axis, chunk, sub_chunk)
         return out.to(v.dtype), state
 
 
@@ -117,33 +118,35 @@ def _stepped(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tenso
 
 
 def _chunked(
-    xs: list[Tensor | None], state: Tensor, segments: Tensor | None, axis: str, chunk: int, sub: int
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, segments: Tensor | None, scale: float, axis: str,
+    chunk: int, sub: int,
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v and the log-decays (B, T, H, *), chunk by chunk."""
-    assert xs[0] is not None
-    length = xs[0].shape[1]
+    length = q.shape[1]
     while chunk > sub and chunk // 2 >= length:
         chunk //= 2
     # In stretches whose intermediate results caches hold: a long sequence is then not slower per token than a short one.
+    # Each tensor is cut once: a slice per stretch would have a gradient of the whole length per stretch.
     stretch = max(chunk, STRETCH)
+    parts: list[Any] = [x.split(stretch, 1) for x in (q, k, v)]
+    for some in (decay, segments):
+        parts.append([None] * len(parts[0]) if some is None else some.split(stretch, 1))
     before = None if segments is None else segments[:, :1]
     outputs = []
-    for start in range(0, length, stretch):
-        count = min(stretch, length - start)
-        q, k, v, decay = (None if x is None else _layout(x[:, start : start + count], chunk) for x in xs)
+    for *qkv, decays, ids in zip(*parts, strict=True):
+        xs = [_layout(x, chunk) for x in qkv]
+        xs[0] = xs[0] * scale
+        b = None if decays is None else _layout(decays, chunk).cumsum(3)
         same = carry = None
-        if segments is not None:
-            ids = segments[:, start : start + count]
+        if before is not None:
             same, carry = _documents(before, ids, chunk, state.dtype)
             before = ids[:, -1:]
-        b = None if decay is None else decay.cumsum(3)
         if b is None or b.shape[-1] == 1:
-            out, state = _HeadDecay.apply(q, k, v, b, state, same, carry)
+            out, state = _HeadDecay.apply(*xs, b, state, same, carry)
         elif axis == "keys":
-            out, state = _KeyDecay.apply(q, k, v, b, state, same, carry, sub)
+            out, state = _KeyDecay.apply(*xs, b, state, same, carry, sub)
         else:
-            out, state = _ValueDecay.apply(q, k, v, b, state, same, carry, sub)
-        out = out.flatten(2, 3)
+            out, state = _ValueDecay.apply(*xs, b, state, same, carry, sub)
+        out, count = out.flatten(2, 3), qkv[0].shape[1]
         outputs.append((out if out.shape[2] == count else out[:, :, :count]).transpose(1, 2))
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
 
@@ -156,7 +159,7 @@ def _layout(x: Tensor, chunk: int) -> Tensor:
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).contiguous().unflatten(2, (-1, chunk))
 
 
-def _documents(before: Tensor | None, ids: Tensor, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _documents(before: Tensor, ids: Tensor, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Who is of whose document: pairs of a chunk (B, 1, n, C, C), and, with the document that enters a chunk, the rows that it
     enters, the rows that leave it, and all rows where it passes (3, B, 1, n, C)."""
     missing = -ids.shape[1] % chunk
@@ -164,7 +167,6 @@ def _documents(before: Tensor | None, ids: Tensor, chunk: int, dtype: torch.dtyp
         ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], 1)
     ids = ids.unflatten(1, (-1, chunk))[:, None]
     last = ids[..., -1:]
-    assert before is not None
     entering = torch.cat([before[:, None, :, None], last[:, :, :-1]], 2)
     carry = torch.stack([ids == entering, ids == last, (last == entering).expand_as(ids)])
     return (ids[..., :, None] == ids[..., None, :]).to(dtype), carry.to(dtype)

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gatework.ops import linear_recurrence
 from gatework.ops.linear_recurrence import gated_linear_recurrence
@@ -205,6 +207,33 @@ def test_gradcheck():
     q, k, v, decay, state = (torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes)
     xs = [x.requires_grad_() for x in (q, k, v, -decay.abs(), state)]
     assert torch.autograd.gradcheck(lambda *x: gated_linear_recurrence(*x[:4], state=x[4], chunk=4, sub_chunk=2), xs)
+
+
+class Written(TorchDispatchMode):
+    """Counts the elements that operations return."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.elements += sum(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize(("axis", "decays"), FORMS)
+def test_work_is_linear_in_time_backwards_too(monkeypatch, axis, decays):
+    monkeypatch.setattr(linear_recurrence, "STRETCH", 16)
+    written = []
+    for length in (64, 512):
+        xs, leaves = of_form(decays, length)
+        with Written() as count:
+            out, _ = gated_linear_recurrence(*xs[:4], state=xs[4], axis=axis, chunk=16)
+            torch.autograd.grad(out.sum(), leaves)
+        written.append(count.elements / length)
+    assert written[1] < 1.05 * written[0]
 
 
 def test_half_precision_accumulates_in_float32():
