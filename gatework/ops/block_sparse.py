@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 #: Numbers of gathered keys that one attention call reads, about: few enough to stay in the caches.
-GATHERED = 1 << 19
+GATHERED = 1 << 20
 
 
 def block_sparse_attention(
@@ -70,7 +70,9 @@ def block_sparse_attention(
         triangle = torch.ones(block, size * block, dtype=torch.bool, device=q.device).tril((size - 1) * block)
         for some in group.split(max(1, GATHERED // (size * block * k.shape[3]))):
             entry = starts[some, None] + torch.arange(size, device=q.device)
-            keys, values = (x[source[entry]].flatten(1, 2)[:, None] for x in (key_blocks, value_blocks))
+            blocks = source[entry].flatten()
+            shape = len(some), 1, size * block, -1
+            keys, values = (x.index_select(0, blocks).view(shape) for x in (key_blocks, value_blocks))
             allowed = triangle
             if seen is not None:
                 reads = seen[some].gather(2, chosen[entry][:, None].expand(-1, block, -1))
