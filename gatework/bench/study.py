@@ -61,7 +61,11 @@ DEFAULT_VARIANTS: dict[str, dict[str, str]] = {
         "attention_weighted": "gate=attention_weighted",
         "no_contrast": "gate=attention_weighted(contrast=0.0)",
     },
-    "sequence_regressor": {"gla": "mixer=gla", "linear_self_attention": "mixer=linear_self_attention"},
+    "sequence_regressor": {
+        "gla": "mixer=gla",
+        "gated_deltanet": "mixer=gated_deltanet",
+        "linear_self_attention": "mixer=linear_self_attention",
+    },
 }
 
 

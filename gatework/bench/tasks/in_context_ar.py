@@ -117,16 +117,8 @@ class InContextAR(Task):
 
     def evaluate(self, predict: Predict, split: Split, max_batches: int | None = None) -> dict[str, float]:
         """``loss``, ``relative_mse``, the latter at the last place alone (``relative_mse_last``), and both again for a ridge
-        regression on each place's own context (``ridge``, ``ridge_last``), which the model can do without."""
-        x, y = self.splits[split]
-        pieces = x.split(self.EVALUATION_BATCH)[:max_batches]
-        output = torch.cat([predict(piece).float() for piece in pieces])
-        x, y = x[: len(output)], y[: len(output)].double()
-        if split not in self._ridge:
-            self._ridge[split] = ridge(self.splits[split][0][..., : y.shape[-1]].double(), self.RIDGE)
-        error = (output.double() - y).square().mean((0, 2))
-        reference = (self._ridge[split][: len(y)] - y).square().mean((0, 2))
-        zero = y.square().mean((0, 2))
+        regression on each place's own context (``ridge``, ``ridge_last``)."""
+        error, reference, zero = self.by_place(predict, split, max_batches)
         return {
             "loss": float(error[1:].mean()),
             "relative_mse": float(error[1:].mean() / zero[1:].mean()),
@@ -134,6 +126,17 @@ class InContextAR(Task):
             "ridge": float(reference[1:].mean() / zero[1:].mean()),
             "ridge_last": float(reference[-1] / zero[-1]),
         }
+
+    def by_place(self, predict: Predict, split: Split, max_batches: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean squared errors at every place, (length - 1,) each: of ``predict``, of the ridge regression and of 0."""
+        x, y = self.splits[split]
+        pieces = x.split(self.EVALUATION_BATCH)[:max_batches]
+        output = torch.cat([predict(piece).float() for piece in pieces])
+        if split not in self._ridge:
+            self._ridge[split] = ridge(x[..., : y.shape[-1]].double(), self.RIDGE)
+        y = y[: len(output)].double()
+        error, reference = ((said - y).square().mean((0, 2)) for said in (output.double(), self._ridge[split][: len(y)]))
+        return error, reference, y.square().mean((0, 2))
 
 
 def ridge(x: Tensor, weight: float) -> Tensor:

@@ -65,6 +65,11 @@ def test_scores_of_models_that_are_known():
     exact = made.evaluate(lambda x: one_gradient_step(x[..., :10], rate), "test")
     assert exact["relative_mse"] < 1e-10
     assert 0 < exact["ridge_last"] < 1e-4 < exact["ridge"] < 0.2
+    error, reference, zero = made.by_place(lambda x: one_gradient_step(x[..., :10], rate), "test")
+    assert error.shape == reference.shape == zero.shape == (11,)
+    assert (error[1:] < 1e-10).all()
+    assert error[0] == reference[0] == zero[0]  # Nothing is known yet.
+    assert reference[1] > reference[4] > reference[-1]
     nothing = made.evaluate(lambda x: torch.zeros_like(x[..., :10]), "test", max_batches=2)
     assert nothing["relative_mse"] == nothing["relative_mse_last"] == pytest.approx(1)
     assert nothing["loss"] == pytest.approx(0.1)  # One of ten numbers, in the mean, is 1 in absolute value.
