@@ -88,7 +88,7 @@ def _harmonics(scores: Tensor, real: Tensor | None, count: int) -> list[tuple[Te
     found = [(cosine, sine)]
     for _ in range(count - 1):
         c, s = found[-1]
-        found.append((c * cosine - s * sine, s * cosine + c * sine))
+        found.append(((c * cosine).addcmul_(s, sine, value=-1), (s * cosine).addcmul_(c, sine)))
     return found
 
 
@@ -100,7 +100,8 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(scores, cosine, sine, real)
         rows = scores.new_zeros(*scores.shape[:-1], cosine.shape[-1])
         for m, (c, s) in enumerate(_harmonics(scores, real, cosine.shape[1])):
-            rows = rows + c @ cosine[:, m] + s @ sine[:, m]
+            rows += c @ cosine[:, m]
+            rows += s @ sine[:, m]
         return rows
 
     @staticmethod
@@ -110,7 +111,7 @@ class _Rows(torch.autograd.Function):
         d_scores, d_cosine, d_sine = torch.zeros_like(scores), torch.empty_like(cosine), torch.empty_like(sine)
         for m, (c, s) in enumerate(_harmonics(scores, real, cosine.shape[1])):
             d_c, d_s = d_rows @ cosine[:, m].transpose(-1, -2), d_rows @ sine[:, m].transpose(-1, -2)
-            d_scores += (m + 1) * (c * d_s - s * d_c)
+            d_scores.add_((c * d_s).addcmul_(s, d_c, value=-1), alpha=m + 1)
             d_cosine[:, m] = (c.transpose(-1, -2) @ d_rows).sum(0)
             d_sine[:, m] = (s.transpose(-1, -2) @ d_rows).sum(0)
         return d_scores, d_cosine, d_sine, None
