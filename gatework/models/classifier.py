@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gatework.core.errors import PartError
 from gatework.core.registry import build, build_pattern
-from gatework.depth.base import Block
+from gatework.models.trunk import trunk
 from gatework.weights import apply
 
 
@@ -125,16 +125,15 @@ class Classifier(nn.Module):
                 raise PartError(f"the input's side {size} is not divisible by patch {patch}")
         d_model, grid = context["d_model"], tuple(size // patch for size in self.input_shape[1:])
         tokens, width = math.prod(grid), self.input_shape[0] * patch ** len(grid)
-        # What a mixer may need to know: how many tokens there are, and the rows and columns of a picture's.
-        context |= {"tokens": tokens} | ({"grid": grid} if len(grid) == 2 else {})
         self.patch = patch
         self.stem = nn.Linear(width, d_model)
         self.positions = nn.Parameter(torch.empty(tokens, d_model))
         nn.init.normal_(self.positions, std=0.02)
-        mixers = build_pattern(mixer, "mixer", layers, **context)
-        feedforwards = build_pattern(feedforward, "feedforward", layers, **context)
-        blocks = nn.ModuleList(Block(m, f, d_model) for m, f in zip(mixers, feedforwards, strict=True))
-        self.depth = build(depth, "depth", blocks=blocks, **context)
+        # What a mixer may need to know: how many tokens there are, and the rows and columns of a picture's.
+        places: dict[str, Any] = {"tokens": tokens} | ({"grid": grid} if len(grid) == 2 else {})
+        self.depth = trunk(
+            mixer, feedforward, depth, d_model=d_model, layers=layers, heads=context["heads"], d_ff=context.get("d_ff"), **places
+        )
         self.norm = nn.RMSNorm(d_model, eps=1e-6)
 
     @property

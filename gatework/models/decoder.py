@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gatework.core.contracts import State, capability
+from gatework.core.contracts import State
 from gatework.core.errors import PartError
-from gatework.core.registry import build, build_pattern
-from gatework.depth.base import Block
+from gatework.models.trunk import trunk
 from gatework.weights import apply
 
 
@@ -68,16 +67,10 @@ class Decoder(nn.Module):
         self.vocab_size, self.d_model = vocab_size, d_model
         self.embedding = nn.Embedding(vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
-        context: dict[str, Any] = {"d_model": d_model, "heads": heads, "n_layers": layers}
-        if d_ff is not None:
-            context["d_ff"] = d_ff
-        mixers = build_pattern(mixer, "mixer", layers, **context)
-        for part in mixers:
-            if not (answer := capability(part, "causal")):
-                raise PartError(f"a language model needs a causal mixer, and this {type(part).__name__} is not ({answer})")
-        feedforwards = build_pattern(feedforward, "feedforward", layers, **context)
-        blocks = nn.ModuleList(Block(m, f, d_model) for m, f in zip(mixers, feedforwards, strict=True))
-        self.depth = build(depth, "depth", blocks=blocks, **context)
+        self.depth: Any = trunk(
+            mixer, feedforward, depth, d_model=d_model, layers=layers, heads=heads, d_ff=d_ff, purpose="a language model",
+            needs=("causal",),
+        )
         self.norm = nn.RMSNorm(d_model, eps=1e-6)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         if tie_embeddings:

@@ -15,7 +15,7 @@ from gatework.depth.base import Block
 
 def trunk(
     mixer: Any, feedforward: Any, depth: Any, *, d_model: int, layers: int, heads: int, d_ff: int | None,
-    purpose: str = "", needs: tuple[str, ...] = (),
+    purpose: str = "", needs: tuple[str, ...] = (), **known: Any,
 ) -> DepthPolicy:
     """Blocks under a depth policy, from part expressions.
 
@@ -26,6 +26,7 @@ def trunk(
         d_model, layers, heads, d_ff: sizes; None leaves each feed-forward its default.
         purpose: what the blocks are for ("a language model"), for the error.
         needs: capabilities that every mixer must have.
+        known: what else is offered to the parts (``tokens``, ``grid``).
 
     Raises:
         PartError: sizes below 1, unknown parts, sizes that do not fit, a mixer that does not serve the purpose.
@@ -33,13 +34,14 @@ def trunk(
     for name, value in {"d_model": d_model, "layers": layers, "heads": heads}.items():
         if value < 1:
             raise PartError(f"{name} must be at least 1, got {value}")
-    context: dict[str, Any] = {"d_model": d_model, "heads": heads, "n_layers": layers}
+    context: dict[str, Any] = {"d_model": d_model, "heads": heads, "n_layers": layers} | known
     if d_ff is not None:
         context["d_ff"] = d_ff
     mixers = build_pattern(mixer, "mixer", layers, **context)
     for part, name in itertools.product(mixers, needs):
         if not (answer := capability(part, name)):
-            raise PartError(f"{purpose} needs a mixer that is {name}, and this {type(part).__name__} is not ({answer})")
+            wanted, lacks = ("a causal mixer", "is") if name == "causal" else (f"a mixer that {name}", "does")
+            raise PartError(f"{purpose} needs {wanted}, and this {type(part).__name__} {lacks} not ({answer})")
     feedforwards = build_pattern(feedforward, "feedforward", layers, **context)
     blocks = nn.ModuleList(Block(m, f, d_model) for m, f in zip(mixers, feedforwards, strict=True))
     policy: DepthPolicy = build(depth, "depth", blocks=blocks, **context)

@@ -153,5 +153,5 @@ def test_wrong_use_meets_one_sentence():
         made("surface", names=NAMES - 1)
     with pytest.raises(PartError, match="relations must be at least 1, got 0"):
         EntityModel(NAMES, relations=0)
-    with pytest.raises(PartError, match="needs a mixer that is causal, and this Attention is not"):
+    with pytest.raises(PartError, match="needs a causal mixer, and this Attention is not"):
         made("jepa", mixer="attention(causal=false)")

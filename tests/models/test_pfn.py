@@ -148,7 +148,7 @@ def test_the_papers_attention_says_what_it_cannot():
 
 
 def test_wrong_use_meets_one_sentence():
-    with pytest.raises(PartError, match="needs a mixer that is causal, and this Attention is not"):
+    with pytest.raises(PartError, match="needs a causal mixer, and this Attention is not"):
         made("attention(causal=false)")
     with pytest.raises(PartError, match="d_model 8 is not divisible by heads 3"):
         made(heads=3)

@@ -40,7 +40,7 @@ def test_whole_equals_token_by_token_and_packed_equals_separate(mixer):
 
 
 def test_wrong_use_meets_one_sentence():
-    with pytest.raises(PartError, match="a model that predicts a sequence needs a mixer that is causal, and this Attention is not"):
+    with pytest.raises(PartError, match="a model that predicts a sequence needs a causal mixer, and this Attention is not"):
         made(mixer="attention(causal=false)")
     with pytest.raises(PartError, match="inputs and outputs must be at least 1, got 0 and 2"):
         made(inputs=0)
