@@ -232,7 +232,7 @@ def _spread(
     p: Tensor, levels: Levels, near: Near, sub: int, forth: tuple[Tensor, Tensor] | None, back: tuple[Tensor, Tensor] | None
 ) -> None:
     """Add what passes along the pairs j < i: for ``forth = (x, y)`` y_i += sum_j p_ij x_j e^{b_i - b_j}, for ``back = (x, y)``
-    y_j += sum_i p_ij x_i e^{b_i - b_j}."""
+    y_j += sum_i p_ij x_i e^{b_i - b_j}. Overwrites the factors of ``near``."""
     for block, grow_later, grow_earlier in levels:
         corner = _corner(p, block)
         if forth is not None:
