@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gatework.core.errors import PartError
 from gatework.core.registry import build, build_pattern
-from gatework.models.trunk import trunk
+from gatework.models.trunk import patches, trunk
 from gatework.weights import apply
 
 
@@ -156,19 +156,13 @@ class Classifier(nn.Module):
             raise PartError(f"this classifier was built for inputs of shape {self.input_shape}, not {tuple(x.shape[1:])}")
         if self.backbone == "vit":
             assert self.depth is not None
-            h = self.depth(self.stem(self._patches(x)) + self.positions)
+            h = self.depth(self.stem(patches(x, self.patch)) + self.positions)
             logits: Tensor = self.head(self.norm(h).mean(1))
             return logits
         for block in self._blocks:
             x = block(x)
         logits = self.head(x.flatten(2).mean(-1) if self.backbone == "convnet" else x)
         return logits
-
-    def _patches(self, x: Tensor) -> Tensor:
-        p = self.patch
-        if x.dim() == 3:
-            return x.unflatten(2, (-1, p)).permute(0, 2, 1, 3).flatten(2)
-        return x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 class _Residual(nn.Module):

@@ -6,13 +6,14 @@ import math
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatework.core.errors import PartError
 from gatework.core.registry import build_pattern
 from gatework.depth.base import Block
 from gatework.depth.stack import Stack
+from gatework.models.trunk import patches
 
 
 class MaskedAutoencoder(nn.Module):
@@ -174,12 +175,6 @@ def _block(mixer: Any, feedforward: Any, d_model: int) -> Block:
     if block.feedforward_norm is not None:
         block.feedforward_norm = nn.LayerNorm(d_model)
     return cast(Block, block)
-
-
-def patches(pictures: Shaped[Tensor, "B C H W"], side: int) -> Shaped[Tensor, "B T P"]:
-    """The squares of ``side`` pixels in the order of reading, each flattened channel by channel and row by row."""
-    squares = pictures.unflatten(3, (-1, side)).unflatten(2, (-1, side))
-    return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _positions(grid: tuple[int, int], width: int) -> Float[Tensor, "T D"]:

@@ -1,11 +1,12 @@
-"""What backbones share: the blocks that they are made of."""
+"""What backbones share: the blocks that they are made of, and the patches that they cut pictures into."""
 
 from __future__ import annotations
 
 import itertools
 from typing import Any
 
-from torch import nn
+from jaxtyping import Shaped
+from torch import Tensor, nn
 
 from gatework.core.contracts import DepthPolicy, capability
 from gatework.core.errors import PartError
@@ -46,3 +47,11 @@ def trunk(
     blocks = nn.ModuleList(Block(m, f, d_model) for m, f in zip(mixers, feedforwards, strict=True))
     policy: DepthPolicy = build(depth, "depth", blocks=blocks, **context)
     return policy
+
+
+def patches(x: Shaped[Tensor, "B C *sides"], side: int) -> Shaped[Tensor, "B T P"]:
+    """The pieces of ``side`` samples of signals (B, C, L), or the squares of pictures (B, C, H, W) in the order of reading, each
+    flattened channel by channel and row by row."""
+    if x.dim() == 3:
+        return x.unflatten(2, (-1, side)).permute(0, 2, 1, 3).flatten(2)
+    return x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

@@ -9,6 +9,7 @@ import torch
 
 from gatework.core import PartError
 from gatework.models import Classifier
+from gatework.models.trunk import patches
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 12)])
@@ -38,7 +39,7 @@ def test_vit_sees_every_patch_from_every_patch():
     torch.manual_seed(0)
     model = Classifier((1, 4, 4), 3, backbone="vit", d_model=16, heads=2, layers=1)
     x = torch.randn(1, 1, 4, 4, requires_grad=True)
-    tokens = model.depth(model.stem(model._patches(x)) + model.positions)
+    tokens = model.depth(model.stem(patches(x, model.patch)) + model.positions)
     (gradient,) = torch.autograd.grad(tokens[0, 0].sum(), x)
     assert (gradient.abs() > 0).all()
 
@@ -46,7 +47,7 @@ def test_vit_sees_every_patch_from_every_patch():
 def test_patches_are_the_pixels_of_each_square():
     model = Classifier((1, 4, 4), 3, backbone="vit", d_model=8, heads=2, layers=1)
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    assert model._patches(x)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert patches(x, model.patch)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 @pytest.mark.parametrize(

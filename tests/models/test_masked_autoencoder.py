@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gatework.core import PartError, metrics
 from gatework.mixers.crate_mssa import coding_rate
 from gatework.models import BACKBONES, MaskedAutoencoder
-from gatework.models.masked_autoencoder import patches
+from gatework.models.trunk import patches
 
 CRATE = {"mixer": "crate_mssa(causal=false)", "feedforward": "crate_ista", "decoder": "inverse"}
 
