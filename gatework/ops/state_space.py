@@ -4,15 +4,15 @@ A system is a bank of independent groups, each with a state x of S real numbers,
 
     x_t = A x_{t-1} + b u_t        y_t = c x_t
 
-Its outputs are a convolution of the inputs with the kernel c A^j b. Instead of the convolution by a Fourier transform of twice the
-sequence's length that the papers use, the sequence is cut into chunks of C tokens:
+Its outputs are a convolution of the inputs with the kernel c A^j b. The papers compute it by Fourier transforms of twice the
+sequence's length (S4, S4D) or by an associative scan (S5). Here the sequence is cut into chunks of C tokens:
 
     Y = U K + X O        X <- X A^C + U I        K_ji = c A^(i - j) b (i >= j)    O_i = c A^(i + 1)    I_j = A^(C - 1 - j) b
 
 (row vectors; X holds the states before the chunks). All chunks, groups and sequences are three batched matrix products; only the
-states pass from chunk to chunk in a loop. The kernel is needed for C tokens, not for T, time and memory are linear in T, the
-state before the sequence enters and the one after it comes out exactly, and packed documents start chunks of their own. On a CPU
-this is several times as fast as the Fourier transform (``benchmarks/state_space.py``).
+states pass from chunk to chunk in a loop. The kernel is needed for C tokens, not for T; time and memory are linear in T; the state
+before the sequence and the one after it are exact; packed documents start chunks of their own. On a CPU this takes about half the
+time of the Fourier transforms (``benchmarks/state_space.py``).
 
 Three kinds of systems say what K, O, I and the powers of A are: :class:`DiagonalSystem`, :class:`LowRankSystem` and
 :class:`ComplexScan`. Complex numbers are pairs of real tensors, in the state the real parts stand before the imaginary ones: so
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,6 +95,9 @@ class System(ABC):
     ``factor`` (G, N) are complex factors of S / 2 modes, what A is or begins with.
     """
 
+    #: The length of chunks that is fastest.
+    chunk: ClassVar[int] = 64
+
     factor: Pair
 
     @property
@@ -141,6 +144,8 @@ class DiagonalSystem(System):
 @dataclass
 class ComplexScan(System):
     """``h_t = a h_(t-1) + u_t`` with one complex number per group, ``factor`` (G, 1); input and output are (real, imaginary)."""
+
+    chunk = 32
 
     def step(self, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`System`."""
@@ -250,7 +255,7 @@ def state_space(
     state: Float[Tensor, "B G S"] | None = None,
     real: Bool[Tensor, "B T"] | None = None,
     segments: Int[Tensor, "B T"] | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> tuple[Float[Tensor, "B T M2G"], Float[Tensor, "B G S"] | None]:
     """Run a system over T tokens; returns the outputs and, where a state was given, the one after the last real token.
 
@@ -260,13 +265,14 @@ def state_space(
         outputs. state: the state before the first token; None is zero.
         real: True for real tokens, the first of each row; None where all are.
         segments: ids of packed documents (equal ids contiguous), each of which starts with a zero state; without ``state``.
-        chunk: the chunks' length, a power of two.
+        chunk: the chunks' length, a power of two; None is the system's own.
 
     Memory and time are linear in T. Double backward is not supported.
 
     Raises:
         ValueError: for a chunk length that is no power of two, or a state beside segments.
     """
+    chunk = system.chunk if chunk is None else chunk
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"the chunk length must be a power of two, got {chunk}")
     if state is not None and segments is not None:
