@@ -341,11 +341,19 @@ class SeerAttention(Attention):
         if self.budget is not None:
             share = torch.full_like(count, self.budget // self.block)
         else:
-            ratio = 0.0 if self.ratio is None else self.ratio
-            share = ((ratio if self.choice == "token" else 1 - math.sqrt(1 - ratio)) * count.to(torch.float64)).long()
-        order = logits.argsort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(logits.shape[-1], device=logits.device)
-        return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, (rank < share.clamp(min=1)).expand_as(order)) & open_to
+            share = (self._portion * count.to(torch.float64)).long()
+        # No row has more blocks than there are columns.
+        columns = logits.shape[-1]
+        most = self.budget // self.block if self.budget is not None else int(self._portion * columns)
+        order = logits.topk(min(max(1, most), columns), -1).indices
+        within = torch.arange(order.shape[-1], device=logits.device) < share.clamp(min=1)
+        return torch.zeros_like(open_to.expand_as(logits)).scatter(-1, order, within.expand_as(order)) & open_to
+
+    @property
+    def _portion(self) -> float:
+        """How much of its blocks a row of the ratio's rule reads."""
+        ratio = 1.0 if self.ratio is None else self.ratio
+        return ratio if self.choice == "token" else 1 - math.sqrt(1 - ratio)
 
     def _read(self, x: Tensor, state: State | None, real: Tensor | None, keep: Tensor | None) -> Tensor:
         """Sparse attention for tokens of which the real ones are the first of each row."""
@@ -446,7 +454,7 @@ class SeerAttention(Attention):
         if q.shape[1] == 1 and real is None and not torch.compiler.is_compiling():
             if cache.real is None and bool((chosen | ~open_to).all()):
                 return self._sdpa(queries, keys, values)
-            return self._step(queries, keys, values, chosen[:, :, 0], positions[:, 0])
+            return self._step(queries, chosen[:, :, 0], positions[:, 0], cache)
         entries = cache.slot_positions().expand(batch, -1)
         block = (entries // self.block).clamp(min=0)
         if blocks:
@@ -459,7 +467,7 @@ class SeerAttention(Attention):
         # Padding may see anything, so that no row of the softmax is empty.
         return self._masked(queries, keys, values, allowed | ~allowed.any(-1, keepdim=True))
 
-    def _step(self, queries: Tensor, keys: Tensor, values: Tensor, chosen: Tensor, position: Tensor) -> Tensor:
+    def _step(self, queries: Tensor, chosen: Tensor, position: Tensor, cache: SeerState) -> Tensor:
         """Heads (B, H, 1, K) of one token per row: the chosen blocks (B, G, n) and its own are gathered, the rest is not read."""
         most = int(chosen.sum(-1).amax()) if chosen.numel() else 0
         # The chosen blocks first, in order; shorter lists end in blocks that are masked.
@@ -469,10 +477,14 @@ class SeerAttention(Attention):
         block, there = torch.cat([order, own], 2), F.pad(there, (0, 1), value=True)
         spot = (block[..., None] * self.block + torch.arange(self.block, device=queries.device)).flatten(2)  # (B, G, positions)
         allowed = there.repeat_interleave(self.block, 2) & (spot <= position[:, None, None])
-        slot = spot + (keys.shape[2] - 1 - position)[:, None, None]  # The last slot holds the token itself.
-        slot = slot.clamp(0, keys.shape[2] - 1)[..., None].expand(-1, -1, -1, keys.shape[3])
+        # The last used slot of the buffers holds the token itself.
+        slot = (spot + (cache.end - 1 - position)[:, None, None]).clamp(0, cache.end - 1)
+        row = torch.arange(len(slot) * self.kv_heads, device=slot.device).view(-1, self.kv_heads, 1)
+        index = (row * cache.keys.shape[2] + slot).flatten()
         grouped = queries[:, :, 0].unflatten(1, (self.kv_heads, -1))  # (B, G, R, K)
-        keys, values = (x.gather(2, slot).to(queries.dtype) for x in (keys, values))
+        keys, values = (
+            x.flatten(0, 2).index_select(0, index).view(*slot.shape, -1).to(queries.dtype) for x in (cache.keys, cache.values)
+        )
         heads = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=allowed[:, :, None])
         return heads.flatten(1, 2)[:, :, None]
 
