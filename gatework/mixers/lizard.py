@@ -18,11 +18,11 @@ How it is computed. The recurrence keeps the numerator and the denominator toget
 is ``S_t exp(-M_t)``, its decay ``exp(log g_t + M_{t-1} - M_t) <= 1``, and a query is scaled by the largest ``q_t W + M_t`` over the
 features. All of this cancels in the quotient, whose denominator is then at least 1, whatever the keys and gates are.
 
-Differences. The paper prints the sinks as t_i in the denominator and calls them logits; they are logits here. Its recurrent form
-leaves the denominator out; it is kept here. The paper gives the sinks per layer, here each head has its own; its gate is one number
-per token for all heads (``gates="shared"``, the default; ``"head"`` is ours). The feature map is the printed one; a softmax over
-the features instead of the exponential, which the paper's table of settings names, is left out, as the running maximum makes it
-unnecessary. Its experiments are read both with and without rotary positions in the window: ``rope=False`` leaves them out.
+Differences. The paper prints the sinks as t_i in the denominator and calls them logits: they are logits here. Its recurrent form
+leaves the denominator out; it is kept here. Each head has sinks of its own. The gate is one number per token for all heads, the
+paper's default; ``gates="head"`` is ours. Where a setting of the experiments differs from the equations (a softmax over the
+features in the place of the exponential, no rotation in the window either) the equations are followed: the running maxima do what
+that softmax is for, and ``rope=False`` leaves the rotation out.
 """
 
 from __future__ import annotations
