@@ -17,8 +17,9 @@ from gatework.core import CAPABILITIES, Routing, advance, build, capability, ent
 from gatework.core.registry import parameters
 from gatework.depth.base import Block
 
-#: LENGTH is that of mixers which run at one length only (an argument ``tokens``).
+#: LENGTH is that of mixers which run at one length only, because of an argument ``tokens`` or ``grid``.
 WIDTH, HEADS, EXPERTS, LAYERS, LENGTH = 16, 2, 4, 2, 24
+GRID = (4, 6)
 #: Slots whose parts are modules from tensors to tensors.
 MODULES = ("activation", "channel_gate", "gate", "feedforward", "mixer", "depth")
 #: Those of them that take no mask.
@@ -150,6 +151,8 @@ def alternatives(cls: type) -> Iterator[tuple[str, Any]]:
                 yield name, 8 if name == "d_ff" else 1
             elif plain[0] is float:
                 yield name, 0.5
+            elif name == "grid":
+                yield name, GRID
             elif get_origin(plain[0]) is Literal:
                 yield from ((name, option) for option in get_args(plain[0]))
 
