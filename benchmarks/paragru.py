@@ -1,7 +1,7 @@
 """ParaGRU's and ParaLSTM's recurrences, parallel in time, against the same cells stepped with autograd, forward and backward.
 
 B 2, T 4096, D 256 in 2 heads, float32, 2 threads. Both sides are given the inputs of the gates, drawn like those of a fresh layer,
-and the weights: the initial ones (standard deviation 0.056), and ten times as large (which a trained layer may have), where Newton's
+and the weights: the initial ones (standard deviation 0.056), and ten times as large (as training may make them), where Newton's
 method has to iterate. ``nn.GRU`` and ``nn.LSTM`` of that width, whose hidden weights are full, stand beside them; their own
 projection of the input is in their times.
 """

@@ -155,8 +155,8 @@ class GRUCell(Cell):
         arrays = gates[:, :2], gates[:, 2], before[:, 0], after[:, 0], values[:, :2], *values.unbind(1)
         for zr_in, c_in, h, new, zr, z, r, c in zip(*arrays, strict=True):
             torch.addcmul(zr_in, h, w_zr, out=zr).sigmoid_()
-            torch.mul(h, r, out=c)
-            torch.addcmul(c_in, c, w_c, out=c).sigmoid_().mul_(2).sub_(1)
+            torch.mul(h, r, out=new)
+            torch.addcmul(c_in, new, w_c, out=c).sigmoid_().mul_(2).sub_(1)
             torch.lerp(h, c, z, out=new)
             yield
 

@@ -8,7 +8,7 @@ Here the unknowns are the states at the borders of chunks (multiple shooting). A
 guesses of their first states, which gives each chunk's end and, where it is needed, the product of its Jacobians; the same linear
 recurrence over the borders then moves the guesses. Chunks of one step are the paper's method, one chunk is the plain loop. In
 between, a chunk forgets most of what its first state was, so that few iterations are needed, often none: the first guess of a
-chunk's first state is the end of the chunk before it when stepped from 0 (for chunks of one step f(0, x_t), as in the paper), and
+chunk's first state is what the last steps of the chunk before it make of 0 (for chunks of one step f(0, x_t), as in the paper), and
 Jacobians are only computed where that was not enough. The error is squared by every iteration, and after k of them the first k + 1
 chunks are exact whatever the weights.
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -46,8 +46,10 @@ STEP = 2**15
 STRETCH = 2**16
 #: Elements of one time step from which on the loop is faster than chunks, which do all at least twice.
 WIDE = 2**12
-#: Shorter chunks forget too little of their first state, and need too many iterations.
-SHORTEST = 32
+#: Shorter chunks forget too little of their first state, and need more iterations.
+SHORTEST = 64
+#: Steps of a chunk, its last, that the first guess of its end is made of.
+WARM = 64
 
 
 class Cell(ABC):
@@ -79,8 +81,8 @@ class Cell(ABC):
     @staticmethod
     @abstractmethod
     def steps(weight: Tensor, gates: Tensor, before: Tensor, after: Tensor, values: Tensor) -> Iterator[None]:
-        """Take one step whenever asked for the next: fill its ``after`` and ``values``. Here the weight and the input of the gate
-        ``doubled`` are."""
+        """Take one step whenever asked for the next: fill its ``after`` and ``values``, whose first rows may be the memory of
+        ``gates``. Here the weight and the input of the gate ``doubled`` are."""
 
     @staticmethod
     @abstractmethod
@@ -200,28 +202,31 @@ def _pairs(steps: Tensor, x: Tensor, chunk: int, first: int = 0) -> Iterator[tup
         yield by_row[:, whole, :count], x[:, whole * chunk + first :][:, :count]
 
 
-def _by_step(x: Tensor, chunk: int) -> Tensor:
-    """``x`` (B, T, rows, *channels) by step; 0 where the last chunk goes beyond it."""
-    batch, length, rows = x.shape[:3]
-    width, rest = x[0, 0, 0].numel(), length % chunk
-    steps = x.new_empty(chunk, rows, _chunks(length, chunk), batch, width)
-    if rest:
-        steps[rest:, :, -1] = 0
-    for there, here in _pairs(steps, x, chunk):
+def _fill(steps: Tensor, x: Tensor, chunk: int, first: int = 0) -> Tensor:
+    """Fill an array by step, holding the steps of each chunk from ``first`` on, from ``x`` (B, T, rows, *channels); 0 where the
+    last chunk goes beyond it."""
+    rest = x.shape[1] % chunk
+    if rest and rest < first + len(steps):
+        steps[max(rest - first, 0) :, :, -1] = 0
+    for there, here in _pairs(steps, x, chunk, first):
         there.copy_(here)
     return steps
 
 
 def _kept(fresh: Tensor | None, chunk: int, dtype: torch.dtype) -> Tensor | None:
     """The factor on the state before each step, (C, 1, n, B, 1): 0 where a document starts."""
-    return None if fresh is None else _by_step(fresh.logical_not().to(dtype)[:, :, None, None], chunk)
+    if fresh is None:
+        return None
+    batch, length = fresh.shape
+    kept = torch.empty(chunk, 1, _chunks(length, chunk), batch, 1, dtype=dtype, device=fresh.device)
+    return _fill(kept, fresh.logical_not()[:, :, None, None], chunk)
 
 
-def _states(cell: type[Cell], gates: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Room for the states before and after each step; one array where nothing is reset in between."""
-    chunk, _, *sizes = gates.shape
-    track = gates.new_empty(chunk + 1, cell.states, *sizes)
-    return track[:-1] if kept is None else gates.new_empty(chunk, cell.states, *sizes), track[1:]
+def _states(cell: type[Cell], like: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Room for the states before and after each step of an array by step; one array where nothing is reset in between."""
+    chunk, _, *sizes = like.shape
+    track = like.new_empty(chunk + 1, cell.states, *sizes)
+    return track[:-1] if kept is None else like.new_empty(chunk, cell.states, *sizes), track[1:]
 
 
 def _run(
@@ -229,15 +234,14 @@ def _run(
     values: Tensor,
 ) -> None:
     """Step all chunks side by side from their first states ``starts`` (S, n, B, D)."""
-    steps = cell.steps(weight, gates, before, after, values)
-    if kept is None:
-        before[0] = starts
-        for _ in steps:
-            pass
-        return
-    torch.mul(starts, kept[0], out=before[0])
-    for t, _ in enumerate(steps, 1):
-        if t < len(gates):
+    before[0] = starts if kept is None else starts * kept[0]
+    one_track = before[1:].data_ptr() == after.data_ptr()
+    for t, _ in enumerate(cell.steps(weight, gates, before, after, values), 1):
+        if t == len(gates) or one_track:
+            continue
+        if kept is None:
+            before[t] = after[t - 1]
+        else:
             torch.mul(after[t - 1], kept[t], out=before[t])
 
 
@@ -277,20 +281,23 @@ def _back(jacobian: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     return sums
 
 
-def _through(linearised: Iterator[tuple[slice, Tensor, Tensor]], grad: Tensor | None, sizes: torch.Size) -> Tensor:
-    """What a chunk's last state makes of its first: the transposed product of its Jacobians, (S, S, n, B, D), and where the steps'
-    own gradients ``grad`` (C, S, n, B, D) are given, one more column: the gradient of the first state by all of them."""
+def _through(
+    linearised: Iterator[tuple[slice, Tensor, Tensor]], own: Callable[[slice], Tensor] | None, sizes: Sequence[int]
+) -> Tensor:
+    """What a chunk's last state makes of its first: the transposed product of its Jacobians, (S, S, n, B, D). Where ``own`` gives
+    the gradients of the states after some steps, one more column: the gradient of the first state by all of them."""
     rows: list[Tensor] = []
     for steps, jacobian, _ in linearised:
-        for t in reversed(range(steps.stop - steps.start)):
+        added = None if own is None else own(steps)
+        for t in reversed(range(len(jacobian))):
             if not rows:
                 states = jacobian.shape[1]
-                rows = [jacobian.new_zeros(states + (grad is not None), *sizes) for _ in range(states)]
+                rows = [jacobian.new_zeros(states + (own is not None), *sizes) for _ in range(states)]
                 for i in range(states):
                     rows[i][i] = 1
-            if grad is not None:
-                for row, own in zip(rows, grad[steps.start + t], strict=True):
-                    row[-1] += own
+            if added is not None:
+                for row, here in zip(rows, added[t], strict=True):
+                    row[-1] += here
             rows = _back(jacobian[t], rows)
     # What has overflowed means no more than "very large", and times 0 it is 0.
     return torch.stack(rows).nan_to_num(nan=0.0)
@@ -325,26 +332,35 @@ def _solve(
     and the residual."""
     cell = Cell.known[cell_name]
     batch, length, _, *channels = gates.shape
-    by_step, kept = _by_step(gates, chunk), _kept(fresh, chunk, gates.dtype)
+    kept = _kept(fresh, chunk, gates.dtype)
     doubled = weight.flatten(1).clone()
     doubled[cell.doubled] *= 2
-    by_step[:, cell.doubled] *= 2
-    before, after = _states(cell, by_step, kept)
-    values = gates.new_empty(chunk, cell.values, *by_step.shape[2:])
+    # Memory that is new to the process costs more than what is done to it here, so that a step's values replace its gates' inputs.
+    values = gates.new_empty(chunk, cell.values, _chunks(length, chunk), batch, math.prod(channels))
+    before, after = _states(cell, values, kept)
     starts = torch.zeros_like(before[0])
     starts[:, 0] = state.flatten(2)
     ends = after[-1, :, :-1]
 
-    def run() -> None:
-        _run(cell, doubled, by_step, starts, kept, before, after, values)
+    def fill() -> Tensor:
+        by_step = _fill(values[:, : cell.gates], gates, chunk)
+        by_step[:, cell.doubled] *= 2
+        return by_step
 
-    run()
+    def run() -> None:
+        _run(cell, doubled, fill(), starts, kept, before, after, values)
+
     done, residual = 0, gates.new_zeros(())
     if length > chunk:
+        # The first guess takes a chunk's last steps, and keeps its end only: all steps write into the same place.
+        gates_by_step, late = fill(), min(chunk, WARM)
+        first, last, room = (torch.empty_like(x[:1]).expand(late, *x.shape[1:]) for x in (before, after, values))
+        starts[:, 0] *= late == chunk
+        _run(cell, doubled, gates_by_step[-late:], starts, None if kept is None else kept[-late:], first, last, room)
+        starts[:, 0], starts[:, 1:] = state.flatten(2), last[-1, :, :-1]
+        _run(cell, doubled, gates_by_step, starts, kept, before, after, values)
         close = ROUNDING * torch.finfo(gates.dtype).eps
         bound = max(1.0, float(state.abs().max()))
-        starts[:, 1:] = ends
-        run()
         while True:
             missing = ends - starts[:, 1:]
             residual = missing.abs().max()
@@ -361,6 +377,8 @@ def _solve(
             better = starts[:, 1:] + _along_borders(through.transpose(0, 1)[:, :, :-1], missing)
             starts[:, 1:] = torch.where(better.isfinite(), better, ends).clamp_(-bound, bound)
             run()
+    else:
+        run()
     states = gates.new_empty(cell.states, batch, length, *channels)
     for there, here in _pairs(after, states.movedim(0, 2), chunk):
         here.copy_(there)
@@ -374,28 +392,34 @@ def _differentiate(
     cell = Cell.known[cell_name]
     chunk, kept = len(values), _kept(fresh, len(values), grad.dtype)
     before, after = _states(cell, values, kept)
-    after.copy_(_by_step(states.movedim(0, 2), chunk))
+    _fill(after, states.movedim(0, 2), chunk)
     before[0, :, 1:] = after[-1, :, :-1]
     before[0, :, 0] = state.flatten(2)
     if kept is not None:
         before[1:] = after[:-1]
         before *= kept
-    own = _by_step(grad.movedim(0, 2), chunk)
+    stretch = _stretch(before)
+    room = torch.empty_like(before[:stretch])
 
     def linearised() -> Iterator[tuple[slice, Tensor, Tensor]]:
         return _linearised(cell, weight.flatten(1), before, after, values, kept)
 
+    def own(steps: slice) -> Tensor:
+        return _fill(room[: steps.stop - steps.start], grad.movedim(0, 2), chunk, steps.start)
+
+    # The gradients that reach the chunks' last states: what every chunk but the first sends to the one before it, with what it
+    # has got itself.
+    later = [torch.zeros_like(row) for row in before[0]]
     if before.shape[2] > 1:
-        # What every chunk but the first sends to the end of the one before it, with what it has got from its own end.
         through = _through(linearised(), own, before.shape[2:])[:, :, 1:].flip(2)
-        own[-1, :, :-1] += _along_borders(through[:, :-1], through[:, -1]).flip(1)
+        for row, sent in zip(later, _along_borders(through[:, :-1], through[:, -1]), strict=True):
+            row[:-1] = sent.flip(0)
     d_gates = _gradient(cell, states)
-    by_weight = grad.new_zeros(_stretch(before), cell.weights, *before.shape[2:])
-    later: list[Tensor] = []
+    by_weight = grad.new_zeros(stretch, cell.weights, *before.shape[2:])
     for steps, jacobian, local in linearised():
-        adjoint = own[steps]
+        adjoint = own(steps)
         for t in reversed(range(len(adjoint))):
-            for row, more in zip(adjoint[t], later, strict=False):  # None at the last step.
+            for row, more in zip(adjoint[t], later, strict=True):
                 row += more
             later = _back(jacobian[t], adjoint[t].unbind(0))
         cell.gradients(before[steps], after[steps], values[steps], local, adjoint, by_weight[: len(adjoint)])

@@ -95,6 +95,20 @@ def test_many_borders_and_short_stretches(cell, chunk, monkeypatch):
 
 
 @CELLS
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_chunks_longer_than_the_first_guess_looks_back(cell, scale):
+    xs = inputs(cell, 230, scale)
+    segments = torch.stack([torch.arange(230) // 97, torch.arange(230) // 140])
+    expected = loop(cell, *xs, segments)
+    got, _, _ = newton_recurrence(cell, *xs, segments=segments, chunk=newton.WARM + 9)
+    close(got, expected)
+    upstream = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, xs, upstream)
+    for a, b in zip(torch.autograd.grad(got, xs, upstream), wanted, strict=True):
+        close(a, b, 1e-10)
+
+
+@CELLS
 @pytest.mark.parametrize("chunk", [1, 2, 6])
 def test_gradcheck(cell, chunk):
     xs = inputs(cell, 6, width=1)
@@ -262,8 +276,9 @@ def test_chunks_are_chosen_by_size():
         return newton._chunk_length(torch.empty(batch, length, 3, width))
 
     assert chosen(1, 1, 8) == 1
-    assert chosen(2, 127, 64) == 127  # Too short for chunks: the loop.
-    assert chosen(2, 1024, 64) == 32
+    assert chosen(2, 255, 64) == 255  # Too short for chunks: the loop.
+    assert chosen(2, 1024, 64) == 64
+    assert chosen(2, 65536, 64) == 256
     assert chosen(2, 4096, 256) == 64
     assert chosen(16, 4096, 256) == 4096  # Wide enough for the loop.
     assert newton._chunk_length(torch.empty(2, 4096, 3, 256, device="meta")) == 16
