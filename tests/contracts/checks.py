@@ -354,9 +354,10 @@ def check_wrong_calls(case: Case) -> None:
     wrong: list[tuple[Tensor, dict[str, Any], str]] = [
         (x[..., 1:], {}, "inputs of shape"), (x[0], {}, "inputs of shape"),
         (x, {"mask": real[:, 1:]}, "mask has one bool per token"), (x, {"mask": real.double()}, "mask has one bool per token"),
-        (x, {"keep": real[1:]}, "keep has one bool per token"), (x, {"segments": ids[:, 1:]}, "segments has one whole number"),
-        (x, {"state": State()}, "own init_state|sees later tokens"),
+        (x, {"keep": real[1:]}, "keep has one bool per token"), (x, {"state": State()}, "own init_state|sees later tokens"),
     ]
+    if capability(part, "packs"):
+        wrong.append((x, {"segments": ids[:, 1:]}, "segments has one whole number"))
     if capability(part, "decodes"):
         wrong += [
             (x, {"state": part.init_state(2)}, "the state holds 2 sequences and the input 3"),
@@ -552,3 +553,10 @@ def check_compilation(case: Case, backend: str = "inductor") -> None:
             for name, value in eager.items():
                 scale = float(value.detach().abs().max())
                 close(fast[name], value, f"compiled {name}", rtol=0, atol=1e-5 * scale)
+
+
+#: What every module keeps, for tests of settings that the contract tests do not reach.
+MODULE_CHECKS = [
+    check_shapes_and_dtypes, check_gradients, check_state_dict, check_copies, check_bfloat16, check_determinism,
+    check_expanded_gradients, check_checkpointing, check_side_outputs, check_mask,
+]

@@ -125,11 +125,7 @@ class GoodMixer(SequenceMixer):
         return WIDTH * self.query.weight.element_size()
 
 
-MODULE_CHECKS = [
-    checks.check_shapes_and_dtypes, checks.check_gradients, checks.check_state_dict, checks.check_copies, checks.check_bfloat16,
-    checks.check_determinism, checks.check_expanded_gradients, checks.check_checkpointing, checks.check_side_outputs,
-    checks.check_mask, checks.check_batch_invariance, checks.check_repr,
-]
+MODULE_CHECKS = [*checks.MODULE_CHECKS, checks.check_batch_invariance, checks.check_repr]
 MIXER_CHECKS = [
     checks.check_causality, checks.check_decoding, checks.check_reordering, checks.check_state_bytes, checks.check_padding,
     checks.check_packing, checks.check_keep, checks.check_wrong_calls,

@@ -290,16 +290,9 @@ def test_conditions_reach_the_gate_token_by_token():
         layer()(x, history=history)
 
 
-CONTRACTS = [
-    checks.check_shapes_and_dtypes, checks.check_gradients, checks.check_state_dict, checks.check_copies, checks.check_bfloat16,
-    checks.check_determinism, checks.check_expanded_gradients, checks.check_checkpointing, checks.check_side_outputs,
-    checks.check_mask,
-]
-
-
 @pytest.mark.parametrize("settings", [{"experts": ["glu(d_ff=8)", "mlp", "moe"]}, {"capacity": 1.0, "shared": 1}], ids=str)
 def test_contracts_of_settings_that_the_contract_tests_do_not_reach(settings):
-    for check in CONTRACTS:
+    for check in checks.MODULE_CHECKS:
         check(Case(MoE, settings))
 
 

@@ -13,6 +13,9 @@ from gatework.core import PartError, capability, metrics
 from gatework.core.cost import count_flops
 from gatework.mixers import GPSA, Attention
 
+from ..contracts import checks
+from ..contracts.parts import GRID, Case
+
 D = 12
 
 FORMS = [
@@ -302,3 +305,8 @@ def test_a_classifier_gives_it_its_grid():
     y = model(torch.randn(2, 1, 8, 4))
     y.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if isinstance(p, nn.Parameter))
+
+
+def test_contracts_on_a_grid():
+    for check in (*checks.MODULE_CHECKS, checks.check_keep, checks.check_wrong_calls):
+        check(Case(GPSA, {"heads": 4, "causal": False, "grid": GRID}))
