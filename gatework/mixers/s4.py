@@ -11,11 +11,11 @@ with A's diagonal plus rank-one form by Woodbury's identity (:class:`gatework.op
 decoding costs O(N). Since P P* is subtracted and Re Lambda < 0, no value of the parameters makes the system unstable.
 
 Differences from the paper and its code. The convolution is computed in chunks (:mod:`gatework.ops.state_space`), for which powers
-of A up to a chunk's length are enough; it runs at any length and gives the state. The paper's algorithm, the kernel of all T
-tokens from Cauchy sums at the roots of unity, is :meth:`S4.kernel`: the same numbers, in several times the time and N times the
-memory without a kernel of its own. The parameter is c itself; the code's is c (1 - A^L), which is for one length L and must be
-changed when a longer sequence comes. The code clips the imaginary part of b at 2, whose phase is arbitrary; here b starts real
-and positive, unclipped. There is no dropout inside.
+of A up to a chunk's length are enough; it runs at any length and gives the state. The paper's algorithm, the kernel of all T tokens
+from Cauchy sums at the roots of unity, is :meth:`S4.kernel`: the same numbers, but without a compiled routine of its own slower,
+and with N / 2 complex numbers of memory per channel and token. The parameter is c itself; the code's is c (1 - A^L), which
+belongs to one length L and must be changed when a longer sequence comes. The code clips the imaginary part of b at 2, whose phase
+is arbitrary; here b starts real and positive, unclipped. There is no dropout inside.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ sequence's length (S4, S4D) or by an associative scan (S5). Here the sequence is
 
 (row vectors; X holds the states before the chunks). All chunks, groups and sequences are three batched matrix products; only the
 states pass from chunk to chunk in a loop. The kernel is needed for C tokens, not for T; time and memory are linear in T; the state
-before the sequence and the one after it are exact; packed documents start chunks of their own. On a CPU this takes about half the
-time of the Fourier transforms (``benchmarks/state_space.py``).
+before the sequence and the one after it are exact; packed documents start chunks of their own. On one CPU thread this takes about
+half the time of the Fourier transforms (``benchmarks/state_space.py``).
 
 Three kinds of systems say what K, O, I and the powers of A are: :class:`DiagonalSystem`, :class:`LowRankSystem` and
 :class:`ComplexScan`. Complex numbers are pairs of real tensors, in the state the real parts stand before the imaginary ones: so
