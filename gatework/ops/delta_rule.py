@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gatework.ops import fla
-from gatework.ops.linear_recurrence import STEP_LENGTH, _diagonal, _documents
+from gatework.ops.linear_recurrence import STEP_LENGTH, diagonal_blocks, document_masks
 from gatework.ops.precision import without_autocast
 
 #: Tokens whose chunks are computed at once.
@@ -151,7 +151,7 @@ def _chunked(
     for *xs, decay, ids in zip(*inputs, decays, documents, strict=True):
         same = carry = None
         if ids is not None:
-            same, carry = _documents(ids[:, :1] if before is None else before, ids, chunk, state.dtype)
+            same, carry = document_masks(ids[:, :1] if before is None else before, ids, chunk, state.dtype)
             before = ids[:, -1:]
         given = [None if x is None else _cut(x, chunk) for x in (*xs, decay)]
         out, state = _Chunks.apply(*given, state, same, carry, scale)
@@ -317,12 +317,12 @@ def _invert(matrix: Tensor, strength: Tensor) -> Tensor:
     chunk = matrix.shape[-1]
     scaled = matrix * strength[:, None]
     block = min(SOLVED, chunk)
-    tiles, factors = (_diagonal(x, block).permute(2, 3, 0, 1).contiguous() for x in (matrix, scaled))  # (s, s, N, C / s)
+    tiles, factors = (diagonal_blocks(x, block).permute(2, 3, 0, 1).contiguous() for x in (matrix, scaled))  # (s, s, N, C / s)
     for i in range(2, block):
         tiles[i, : i - 1] -= (factors[i, 1:i, None] * tiles[1:i, : i - 1]).sum(0)
     tiles = tiles.permute(2, 3, 0, 1)
-    _diagonal(matrix, block).copy_(tiles)
-    _diagonal(scaled, block).copy_(tiles * strength.unflatten(1, (-1, 1, block)))
+    diagonal_blocks(matrix, block).copy_(tiles)
+    diagonal_blocks(scaled, block).copy_(tiles * strength.unflatten(1, (-1, 1, block)))
     while block < chunk:
         for start in range(0, chunk, 2 * block):
             early, late = slice(start, start + block), slice(start + block, start + 2 * block)

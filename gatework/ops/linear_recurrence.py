@@ -44,6 +44,8 @@ from gatework.ops.precision import without_autocast
 
 #: Up to this many tokens, without gradients, the recurrence is stepped: cheaper than a chunk, and what decoding does.
 STEP_LENGTH = 4
+#: exp of less is 0 in float32. Sums of greater numbers round less, and with them what follows a token that forgets everything.
+FORGETS = -88.0
 #: Tokens whose chunks are computed at once.
 STRETCH = 512
 
@@ -92,7 +94,7 @@ def gated_linear_recurrence(
     length, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
         q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
-        decay = None if log_decay is None else log_decay.to(dtype)
+        decay = None if log_decay is None else log_decay.to(dtype).clamp(min=FORGETS)
         if state is None:
             state = v.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1], dtype=dtype)
         state = state.to(dtype)
@@ -138,7 +140,7 @@ def _chunked(
         b = None if decays is None else _layout(decays, chunk).cumsum(3)
         same = carry = None
         if before is not None:
-            same, carry = _documents(before, ids, chunk, state.dtype)
+            same, carry = document_masks(before, ids, chunk, state.dtype)
             before = ids[:, -1:]
         if b is None or b.shape[-1] == 1:
             out, state = _HeadDecay.apply(*xs, b, state, same, carry)
@@ -159,7 +161,7 @@ def _layout(x: Tensor, chunk: int) -> Tensor:
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).contiguous().unflatten(2, (-1, chunk))
 
 
-def _documents(before: Tensor, ids: Tensor, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def document_masks(before: Tensor, ids: Tensor, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Who is of whose document: pairs of a chunk (B, 1, n, C, C), and, with the document that enters a chunk, the rows that it
     enters, the rows that leave it, and all rows where it passes (3, B, 1, n, C)."""
     missing = -ids.shape[1] % chunk
@@ -183,10 +185,10 @@ def _halves(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def _corner(matrix: Tensor, block: int) -> Tensor:
     """View of the lower left quarters of the diagonal blocks of (..., C, C) as (..., C/m, m/2, m/2)."""
-    return _diagonal(matrix, block)[..., block // 2 :, : block // 2]
+    return diagonal_blocks(matrix, block)[..., block // 2 :, : block // 2]
 
 
-def _diagonal(matrix: Tensor, block: int) -> Tensor:
+def diagonal_blocks(matrix: Tensor, block: int) -> Tensor:
     """View of the diagonal blocks of (..., C, C) as (..., C/m, m, m)."""
     tiles = matrix.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))  # (..., C/m, m, C/m, m)
     return tiles.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
@@ -221,7 +223,7 @@ def _scores(q: Tensor, k: Tensor, levels: Levels, near: Near, sub: int) -> Tenso
         later, earlier = _halves(q, block)[1] * grow_q, _halves(k, block)[0] * grow_k
         _corner(p, block).copy_(later @ earlier.transpose(-1, -2))
     p.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
-    queries, keys, diagonal = q.unflatten(-2, (-1, sub)), k.unflatten(-2, (-1, sub)), _diagonal(p, sub)
+    queries, keys, diagonal = q.unflatten(-2, (-1, sub)), k.unflatten(-2, (-1, sub)), diagonal_blocks(p, sub)
     for distance, factor in near:
         weighted = (queries[..., distance:, :] * factor).mul_(keys[..., :-distance, :])
         diagonal.diagonal(-distance, -2, -1).copy_(weighted.sum(-1))
@@ -241,7 +243,7 @@ def _spread(
         if back is not None:
             x, y = back
             _halves(y, block)[0].addcmul_(corner.transpose(-1, -2) @ (_halves(x, block)[1] * grow_later), grow_earlier)
-    diagonal = _diagonal(p, sub)
+    diagonal = diagonal_blocks(p, sub)
     for distance, factor in near:
         weight = factor.mul_(diagonal.diagonal(-distance, -2, -1)[..., None])
         if forth is not None:

@@ -236,6 +236,17 @@ def test_work_is_linear_in_time_backwards_too(monkeypatch, axis, decays):
     assert written[1] < 1.05 * written[0]
 
 
+@pytest.mark.parametrize(("axis", "decays"), FORMS[:-1])
+def test_what_follows_a_token_that_forgets_everything_is_as_exact_in_float32(axis, decays):
+    xs, _ = of_form(decays, 70)
+    xs[3] = -xs[3].detach().abs() / 16
+    xs[3][:, ::7] = -1e5
+    with torch.no_grad():
+        exact, _ = gated_linear_recurrence(*xs[:4], scale=1.0, axis=axis)
+        rounded, _ = gated_linear_recurrence(*(x.float() for x in xs[:4]), scale=1.0, axis=axis)
+    torch.testing.assert_close(rounded.double(), exact, rtol=0, atol=2e-4 * float(exact.abs().max()))
+
+
 def test_half_precision_accumulates_in_float32():
     xs = [x.detach() for x in inputs(64)]
     out, state = gated_linear_recurrence(*(x.bfloat16() for x in xs[:4]))
