@@ -52,7 +52,7 @@ def check_call(
 
 
 class RecurrentMixer(SequenceMixer):
-    """A causal mixer whose decoding state has one size, whatever the length.
+    """A mixer made of recurrences, whose decoding state has one size, whatever the length.
 
     A method writes :meth:`mix`, and :meth:`output` for what happens to each token alone at its end. ``forward`` refuses wrong
     input, and moves the real tokens of each row to its front, so that padding is only ever behind them, and back.
