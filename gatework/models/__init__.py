@@ -11,6 +11,7 @@ from gatework.models.coordinates import CoordinateNetwork
 from gatework.models.decoder import Decoder
 from gatework.models.entities import EntityModel
 from gatework.models.environments import EnvironmentNetwork
+from gatework.models.graph_processor import GraphProcessor, compile_algorithm
 from gatework.models.masked_autoencoder import MaskedAutoencoder
 from gatework.models.mesa import MesaOptimizer
 from gatework.models.mixture import Mixture
@@ -23,14 +24,15 @@ from gatework.models.sequence_regressor import SequenceRegressor
 #: a study may set the others.
 BACKBONES: dict[str, type[Any]] = {
     "classifier": Classifier, "click_through": ClickThrough, "coordinates": CoordinateNetwork, "decoder": Decoder,
-    "entities": EntityModel, "environments": EnvironmentNetwork, "masked_autoencoder": MaskedAutoencoder, "mixture": Mixture,
-    "multitask": MultiTask, "pfn": PFN, "ranker": Ranker, "sequence_regressor": SequenceRegressor,
+    "entities": EntityModel, "environments": EnvironmentNetwork, "graph_processor": GraphProcessor,
+    "masked_autoencoder": MaskedAutoencoder, "mixture": Mixture, "multitask": MultiTask, "pfn": PFN, "ranker": Ranker,
+    "sequence_regressor": SequenceRegressor,
 }
 
 __all__ = [
     "BACKBONES", "PFN", "AdvanceSchedules", "Classifier", "ClickThrough", "CoordinateNetwork", "Decoder", "EntityModel",
-    "EnvironmentNetwork", "GateworkConfig", "GateworkForCausalLM", "MaskedAutoencoder", "MesaOptimizer", "Mixture",
-    "MultiTask", "Ranker", "SequenceRegressor", "byte_tokenizer",
+    "EnvironmentNetwork", "GateworkConfig", "GateworkForCausalLM", "GraphProcessor", "MaskedAutoencoder", "MesaOptimizer",
+    "Mixture", "MultiTask", "Ranker", "SequenceRegressor", "byte_tokenizer", "compile_algorithm",
 ]
 
 if TYPE_CHECKING:

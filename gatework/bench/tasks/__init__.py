@@ -9,6 +9,7 @@ from gatework.bench.tasks.click_through import ClickThrough
 from gatework.bench.tasks.digits import Digits
 from gatework.bench.tasks.dynamical_systems import DynamicalSystems
 from gatework.bench.tasks.federated_digits import FederatedDigits
+from gatework.bench.tasks.graph_algorithms import GraphAlgorithms
 from gatework.bench.tasks.image_regression import ImageRegression
 from gatework.bench.tasks.in_context_ar import InContextAR
 from gatework.bench.tasks.listops import ListOps, listops_eval
@@ -36,7 +37,7 @@ TASKS: dict[str, type[Task]] = {
     task.name: task for task in (
         Text, Digits, MNIST1D, Recall, ClickThrough, ImageRegression, MixtureRegression, MultitaskRegression, MultitaskDigits,
         FederatedDigits, DynamicalSystems, Ranking, MaskedDigits, SelectiveCopy, ListOps, Parity, S5Words, PVR, InContextAR,
-        GPPrior, Reversal,
+        GPPrior, Reversal, GraphAlgorithms,
     )
 }
 

@@ -19,11 +19,13 @@ NAMES = [
     "text", "digits", "mnist1d", "recall", "click_through", "image_regression", "multitask_regression", "multitask_digits",
     "federated_digits", "mixture_regression", "dynamical_systems", "ranking", "selective_copy", "listops", "parity", "s5_words",
     "pvr", "masked_digits", "in_context_ar", "pfn_gp", "reversal",
+    "graph_algorithms",
 ]
 SCORES = {
     "text": "loss", "click_through": "auc_error", "image_regression": "mse", "multitask_regression": "mse",
     "mixture_regression": "excess", "dynamical_systems": "mse", "ranking": "auc_error", "pvr": "generalisation_error",
     "masked_digits": "mse", "in_context_ar": "relative_mse", "pfn_gp": "gap", "reversal": "mrr_error",
+    "graph_algorithms": "trace_error",
 }
 
 
@@ -41,6 +43,8 @@ def uniform(made):
         return lambda x: torch.zeros(len(x), int((x[0, :, -1] == 0).sum()), made.distribution.bars)
     if made.backbone == "entities":
         return lambda x: torch.full((len(x), made.entities), -math.log(made.entities))
+    if made.backbone == "graph_processor":
+        return lambda x: torch.zeros(len(x), x.shape[1] - 1, x.shape[1], 1)
     if isinstance(made, RegressionTask):
         return lambda x: torch.zeros(len(x), made.splits["train"][1].shape[1])
     if made.backbone == "multitask":
@@ -54,7 +58,7 @@ def chance(made, y):
         return y.square().mean().item()
     if made.backbone == "multitask":
         return sum(math.log(classes) for classes in made.model_arguments()["outputs"]) / y.shape[1]
-    if made.backbone in ("click_through", "ranker"):
+    if made.backbone in ("click_through", "ranker", "graph_processor"):
         return math.log(2)
     if made.backbone == "mixture":
         return (y.double().square().mean().item() + math.log(2 * math.pi)) / 2
@@ -87,6 +91,8 @@ def smallest(made):
         torch.nn.init.zeros_(model.head.weight)  # With few ids a random head is far from chance.
     if made.backbone == "sequence_regressor":
         torch.nn.init.zeros_(model.head.weight)
+    if made.backbone == "graph_processor":
+        torch.nn.init.zeros_(model.decode.weight)
     return model
 
 
