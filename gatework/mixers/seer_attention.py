@@ -412,8 +412,9 @@ class SeerAttention(Attention):
         else:
             count = torch.arange(length + missing, device=q.device)[:, None] // self.block
             seen = self._chosen(logits, open_to, count)[:, :, :length]
-            if keep is not None:
-                seen = seen & keep[:, None, :, None]
+            for counted in (real, keep):
+                if counted is not None:
+                    seen = seen & counted[:, None, :, None]
             chosen = F.pad(seen, (0, 0, 0, missing)).unflatten(2, (blocks, self.block)).any(3)
             chosen = chosen | torch.eye(blocks, dtype=torch.bool, device=q.device)
         triangle = torch.ones(blocks, blocks, dtype=torch.bool, device=q.device).tril()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from gatework.core.cost import count_flops
 from gatework.mixers import Attention, Lizard
 from gatework.mixers.lizard import _peaks
 
@@ -187,14 +187,28 @@ def test_keep_skips_queries_and_outputs_and_leaves_the_state_whole():
     keep = torch.rand(2, 32, generator=torch.Generator().manual_seed(3)) < 0.4
     whole, part = m.init_state(2), m.init_state(2)
     with torch.no_grad():
-        with FlopCounterMode(display=False) as every:
+        with count_flops() as every:
             full = m(x, state=whole)
-        with FlopCounterMode(display=False) as some:
+        with count_flops() as some:
             kept = m(x, state=part, keep=keep)
     torch.testing.assert_close(kept[keep], full[keep], rtol=0, atol=1e-12)
     assert not kept[~keep].any()
     torch.testing.assert_close(part.memory, whole.memory, rtol=0, atol=1e-12)
-    assert every.get_total_flops() - some.get_total_flops() == int((~keep).sum()) * 2 * 2 * D * D
+    assert every.total - some.total == int((~keep).sum()) * 2 * 2 * D * D
+
+
+def test_its_count_is_the_analytic_one():
+    m, x, heads, width = layer(features=5), inputs(128), HEADS, D // HEADS
+    with count_flops() as count, torch.no_grad():
+        m(x)
+    tokens, keys, values = 2 * 128, 2 * 5, width + 1
+    # By chunk of 64: halves meet halves, down to blocks of 4; scores by values; the state is read and written.
+    halves = sum(2 * (64 // block) * (block // 2) ** 2 * keys for block in (64, 32, 16, 8))
+    recurrence = 2 * heads * 2 * (halves + 2 * 64 * 64 * values + 2 * 2 * 64 * keys * values)
+    # Blocks of 64 queries: their own keys and the 5 before them.
+    window = 2 * heads * 2 * 2 * 2 * 64 * (64 + 5) * width
+    maps = 2 * tokens * (4 * D * D + D + 2 * heads * width * 5)
+    assert count.total == maps + recurrence + window
 
 
 @pytest.mark.parametrize(
