@@ -63,7 +63,12 @@ USES = {
     "schedule": (None, "schedule={}"),
     "learner": (None, "learner={}"),
 }
-IMPORTS = {"build": "from gatework.core import build", "Decoder": "from gatework.models import Decoder"}
+#: The Python of a mixer that is not causal, and what a study needs for it beside its setting.
+NOT_CAUSAL = 'Classifier((1, 8, 8), classes=10, backbone="vit", mixer="{}")', '--task digits --model "backbone=vit" '
+IMPORTS = {
+    "build": "from gatework.core import build", "Decoder": "from gatework.models import Decoder",
+    "Classifier": "from gatework.models import Classifier",
+}  # fmt: skip
 
 
 # reStructuredText
@@ -261,6 +266,9 @@ def usage(entry: Entry) -> list[str]:
     package = entry.cls.__module__.rpartition(".")[0]
     lines = [f"from {package} import {entry.cls.__name__}"]
     python, setting = USES.get(entry.slot, (None, None))
+    options = ""
+    if entry.slot == "mixer" and not capability(entry.cls, "causal"):
+        python, options = NOT_CAUSAL
     if python:
         python = python.format(entry.name)
         width = getattr(entry.cls, "example", {}).get("d_model")  # Of a part that does not take every width.
@@ -279,7 +287,7 @@ def usage(entry: Entry) -> list[str]:
     else:
         out += ["As an expression it is", *block("text", [entry.name])]
     if setting:
-        command = f'$ gatework compare --variant mine="{setting.format(entry.name)}"'
+        command = f'$ gatework compare {options}--variant mine="{setting.format(entry.name)}"'
         out += ["As a variant of a study:", *block("console", [command])]
     return out
 

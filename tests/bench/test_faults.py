@@ -230,7 +230,7 @@ WRONG = [
     (["evaluate", "foreign.safetensors"], "not a checkpoint of gatework's bench"),
     (["evaluate", "book.txt"], "not a safetensors file"),
     (["parts", "golo"], "no part 'golo'; did you mean 'golu'?"),
-    (["papers", "gal"], "no paper 'gal'; did you mean 'gla'?"),
+    (["papers", "golo"], "no paper 'golo'; did you mean 'golu'?"),
     (["profile", "golo"], "no part 'golo'"),
     (["profile", "attention(heads=3)", "--d-model", "32"], "attention: "),
     (["profile", "attention", "--tokens", "0"], "--tokens must be at least 1"),

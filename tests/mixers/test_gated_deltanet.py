@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from gatework.core.cost import count_flops
 from gatework.mixers import DeltaNet, GatedDeltaNet
 
 D, HEADS = 16, 2
@@ -135,3 +136,20 @@ def test_common_widths_fit(d_model, heads):
 def test_widths_that_do_not_divide():
     with pytest.raises(ValueError, match="the key width 12 and value width 24 are not divisible by heads 5"):
         GatedDeltaNet(D, heads=5)
+
+
+def test_flops_of_a_decoded_token_and_of_sequences():
+    """A token costs its weights and two reads of each head's memory, by its key and by its query; a sequence grows by what it
+    grows."""
+    m = layer()
+    weights = sum(p.numel() for p in m.parameters() if p.dim() == 2) - m.conv.weight.numel()
+    with torch.no_grad():
+        with count_flops() as one:
+            m(inputs(1), state=m.init_state(2))
+        totals = []
+        for length in (64, 128, 192):
+            with count_flops() as some:
+                m(inputs(length))
+            totals.append(some.total)
+    assert one.total == 2 * 2 * (weights + 2 * m.key_width * m.value_width // HEADS)
+    assert totals[2] - totals[1] == totals[1] - totals[0] > 64 * one.total

@@ -219,7 +219,7 @@ def test_files_that_cannot_be_loaded_are_named_in_one_sentence(tiny, tmp_path):
     write(**{"class": "LlamaForCausalLMX"})
     fails("has no such model")
     write(conversions=[{"name": "appendectomy", "arguments": {}}])
-    fails("there is no conversion 'appendectomy'; there are depth, gateskip, pack")
+    fails("there is no conversion 'appendectomy'; there are depth, gateskip, lizard, pack")
     write(conversions=[{"name": "gateskip", "arguments": {"bugdet": 0.5}}])
     fails("lists a conversion that this gatework does not know")
     write(conversions=[])
