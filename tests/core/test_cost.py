@@ -149,21 +149,34 @@ def test_backward_and_recomputation_are_counted():
 F_ = 48
 
 
-def gla_recurrence(heads: int, key: int, value: int, chunk: int = 64, sub: int = 4) -> tuple[int, int]:
-    """Forward and backward FLOPs of the chunked recurrence, K and V wide heads: by chunk, the levels of halving (two C/2 x C/2
-    halves meet, then C/4 x C/4 ...), P V, and two products with the state; all twice in the backward pass."""
-    levels, block = 0, chunk
+def recurrence(heads: int, key: int, value: int, axis: str = "keys", chunk: int = 64, sub: int = 4) -> int:
+    """FLOPs of the chunked recurrence, K and V wide heads: by chunk, q k^T and P V, of which the one on the decays' axis is the
+    levels of halving (two C/2 x C/2 halves meet, then C/4 x C/4 ...; without decays a plain product), and two products with the
+    state."""
+    scores, values, block = 2 * chunk * chunk * key, 2 * chunk * chunk * value, chunk
+    halved = 0
     while block > sub:
-        levels += 2 * (chunk // block) * (block // 2) ** 2 * key
+        halved += 2 * (chunk // block) * (block // 2) ** 2
         block //= 2
-    values, states = 2 * chunk * chunk * value, 2 * 2 * chunk * key * value
-    chunks = B * heads * (T // chunk)
-    return chunks * (levels + values + states), chunks * 2 * (levels + values + states)
+    scores = halved * key if axis == "keys" else scores
+    values = halved * value if axis == "values" else values
+    return B * heads * (T // chunk) * (scores + values + 2 * 2 * chunk * key * value)
+
+
+def both_ways(weights: int, products: int) -> tuple[int, int]:
+    """Forward and backward FLOPs: multiply-adds of every token with so many weights, and other products; the gradients of both
+    operands of a product cost it twice."""
+    forward = 2 * N * weights + products
+    return forward, 2 * forward
+
+
+def state_space(channels: int, state: int, chunk: int = 64) -> int:
+    """FLOPs of a system per channel in chunks: the kernel's C x C matrix, and two products with its S numbers of state."""
+    return B * (T // chunk) * channels * (2 * chunk * chunk + 4 * chunk * state)
 
 
 SCORES = 2 * B * (T * (T + 1) // 2) * D  # One product over the pairs that see each other.
-RECURRENCE = gla_recurrence(4, D // 2 // 4, D // 4)
-GLA_PROJECTIONS = 2 * N * (2 * D * (D // 2) + 3 * D * D + D * 16 + 16 * (D // 2))
+K2, K4 = D // 2 // 4, D // 4  # A head's width, of keys half as wide as the stream and of what is as wide.
 
 #: Part expression, FLOPs forward, FLOPs of the backward pass.
 ANALYTIC = {
@@ -173,7 +186,21 @@ ANALYTIC = {
     "gated_attention(gate_form=headwise)": (2 * N * (4 * D * D + 4 * D) + 2 * SCORES, 4 * N * (4 * D * D + 4 * D) + 5 * SCORES),
     # Blocks of 64: the first sees itself, the second itself and the first.
     "attention(window=64)": (2 * N * 4 * D * D + 4 * B * D * 64 * (64 + 128), 4 * N * 4 * D * D + 10 * B * D * 64 * (64 + 128)),
-    "gla": (GLA_PROJECTIONS + RECURRENCE[0], 2 * GLA_PROJECTIONS + RECURRENCE[1]),
+    "gla": both_ways(2 * D * (D // 2) + 3 * D * D + D * 16 + 16 * (D // 2), recurrence(4, K2, K4)),
+    "vig": both_ways(2 * D * (D // 2) + 3 * D * D + D * 16 + 16 * D, 2 * recurrence(4, K2, K4)),
+    "gsa": both_ways(5 * D * D, recurrence(4, K4, K4, "values") + recurrence(4, K4, K4)),
+    # The normaliser is one more value.
+    "linear_attention": both_ways(4 * D * D, recurrence(4, K4, K4 + 1, "none")),
+    "linear_self_attention": both_ways(2 * D * D, recurrence(1, D, D, "none")),
+    # A projection to 2 D behind the systems, of 32 and 64 complex modes.
+    "s4d": both_ways(2 * D * D, state_space(D, 64)),
+    "s4_ptd": both_ways(2 * D * D, state_space(D, 128)),
+    # Into and out of 64 and 128 numbers of state, a gate; a mode maps pairs to pairs, inside of chunks of 32 and across them.
+    "s5": both_ways(2 * D * 64 + D * D, 2 * N * 32 * (4 * 32 + 2 * 4)),
+    "s5_ptd": both_ways(2 * D * 128 + D * D, 2 * N * 64 * (4 * 32 + 2 * 4)),
+    # The steps themselves are element by element.
+    "paragru": both_ways(3 * D * D + 3 * D * D // 4, 0),
+    "paralstm": both_ways(3 * D * D + 3 * D * D // 4, 0),
     f"mlp(d_ff={F_})": (2 * N * 2 * D * F_, 4 * N * 2 * D * F_),
     f"glu(d_ff={F_})": (2 * N * 3 * D * F_, 4 * N * 3 * D * F_),
     f"moe(d_ff={F_}, experts=4, gate=topk(k=2))": (2 * N * (4 * D + 2 * 3 * D * F_), 4 * N * (4 * D + 2 * 3 * D * F_)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gatework.core import build
+from gatework.core.cost import count_flops
 from gatework.mixers import S4
 from gatework.ops.hippo import legs, normal_plus_low_rank
 from gatework.ops.state_space import state_space
@@ -95,3 +97,14 @@ def test_what_the_state_costs():
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
         S4(D, **settings)
+
+
+def test_flops_grow_by_the_chunks_of_the_systems():
+    """Beyond tables that do not depend on the length: 128 x 128 kernels, two products with 64 numbers of state, the projection."""
+    m, totals = build("s4", "mixer", d_model=4), []
+    for length in (128, 256, 512):
+        with torch.no_grad(), count_flops() as count:
+            m(torch.randn(1, length, 4))
+        totals.append(count.total)
+    chunk = 4 * (2 * 128 * 128 + 4 * 128 * 64) + 2 * 128 * 2 * 4 * 4
+    assert (totals[1] - totals[0], totals[2] - totals[1]) == (chunk, 2 * chunk)
