@@ -176,6 +176,7 @@ def state_space(channels: int, state: int, chunk: int = 64) -> int:
 
 
 SCORES = 2 * B * (T * (T + 1) // 2) * D  # One product over the pairs that see each other.
+PAIRS = 2 * B * T * T * D  # One product over all pairs.
 K2, K4 = D // 2 // 4, D // 4  # A head's width, of keys half as wide as the stream and of what is as wide.
 
 #: Part expression, FLOPs forward, FLOPs of the backward pass.
@@ -186,6 +187,7 @@ ANALYTIC = {
     "gated_attention(gate_form=headwise)": (2 * N * (4 * D * D + 4 * D) + 2 * SCORES, 4 * N * (4 * D * D + 4 * D) + 5 * SCORES),
     # Blocks of 64: the first sees itself, the second itself and the first.
     "attention(window=64)": (2 * N * 4 * D * D + 4 * B * D * 64 * (64 + 128), 4 * N * 4 * D * D + 10 * B * D * 64 * (64 + 128)),
+    "quadrature_attention": (2 * N * 4 * D * D + 2 * PAIRS, 4 * N * 4 * D * D + 5 * PAIRS),
     "gla": both_ways(2 * D * (D // 2) + 3 * D * D + D * 16 + 16 * (D // 2), recurrence(4, K2, K4)),
     "vig": both_ways(2 * D * (D // 2) + 3 * D * D + D * 16 + 16 * D, 2 * recurrence(4, K2, K4)),
     "gsa": both_ways(5 * D * D, recurrence(4, K4, K4, "values") + recurrence(4, K4, K4)),
