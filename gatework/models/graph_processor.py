@@ -258,7 +258,8 @@ def alignment(hidden: Float[Tensor, "*B D"], reference: Float[Tensor, "*B R"]) -
     """The share of the variance of ``reference`` that a linear map of ``hidden`` (with a constant) explains: 1 where it follows
     from it. Channels of the reference that do not vary are left out.
 
-    Of the states of a trained model and of a compiled one on the same graphs, it says how faithfully the algorithm was learnt.
+    Of the states of a trained model and of a compiled one on the same graphs, it says how faithfully the algorithm was learnt. Take
+    the nodes that are reached: the distance of the others, 1e4 in the compiled one, drowns what is to be compared.
 
     Raises:
         PartError: other numbers of rows, or a reference that does not vary.
