@@ -315,7 +315,7 @@ def adapt(model: nn.Module, layout: Layout | None = None) -> list[PretrainedBloc
     layout = layout or describe(model)
     config: Any = model.config
     kinds = sorted(set(getattr(config, "layer_types", None) or []))
-    problem = None
+    problem, part = None, model.get_submodule
     if layout.policy is not None:
         problem = f"its blocks are run by {layout.policy} already; undo that conversion first"
     elif not layout.pre_norm:
@@ -326,13 +326,14 @@ def adapt(model: nn.Module, layout: Layout | None = None) -> list[PretrainedBloc
         problem = f"it runs with the attention implementation {config._attn_implementation}; sdpa and eager work"
     elif getattr(config, "add_cross_attention", False):
         problem = "its blocks have cross-attention"
+    elif any(isinstance(getattr(part(block.attention), "part", None), SequenceMixer) for block in layout.blocks):
+        problem = "its attention has been replaced by another mixer; undo that conversion first"
     elif getattr(config, "scale_attn_by_inverse_layer_idx", False) or getattr(config, "reorder_and_upcast_attn", False) \
             or not getattr(config, "scale_attn_weights", True):
         problem = "its attention scales the scores in a way of its own; only 1 / sqrt(head width) is known"
     if problem:
         raise PartError(f"a depth policy cannot run the layers of this {layout.model}: {problem}")
     kind: Callable[..., PretrainedAttention] = FusedAttention if layout.family == "gpt2" else PretrainedAttention
-    part = model.get_submodule
     return [
         PretrainedBlock(
             part(block.mixer_norm), kind(part(block.attention), block.heads, block.kv_heads, block.head_width),

@@ -185,6 +185,8 @@ def test_wrong_calls(tiny, tokens):
     surgery.lizard(model)
     with pytest.raises(PartError, match="the attention is lizard already"):
         surgery.lizard(model)
+    with pytest.raises(PartError, match="its attention has been replaced by another mixer; undo that conversion first"):
+        surgery.gateskip(model)
     with pytest.raises(PartError, match="before its conversion"):
         model(tokens(), past_key_values=old)
     with pytest.raises(PartError, match="use_cache=False"), surgery.attention_transfer(model):
