@@ -18,9 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatework.core.contracts import No, SequenceMixer, State
-from gatework.core.errors import PartError
 from gatework.core.registry import register
-from gatework.mixers.base import KVCache, check_call, rotary_angles, rotate
+from gatework.mixers.base import KVCache, check_call, check_heads, rotary_angles, rotate
 
 #: Least block of the sliding window's parallel form, and queries per step over kept tokens: large enough that a block's products
 #: outweigh its overhead.
@@ -70,10 +69,7 @@ class Attention(SequenceMixer):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model {d_model} is not divisible by heads {heads}")
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"heads {heads} is not divisible by kv_heads {kv_heads}")
+        check_heads(d_model, heads, kv_heads)
         if rope and (d_model // heads) % 2:
             raise ValueError(f"rotary positions need an even head width, not d_model / heads = {d_model // heads}")
         if window is not None and window < 1:
@@ -126,8 +122,6 @@ class Attention(SequenceMixer):
         keep: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
-        if state is not None and not self.causal:
-            raise PartError("attention with causal=False sees later tokens: it cannot decode with a state")
         check_call(self, self.d_model, x, state, KVCache, mask, segments, keep)
         length = x.shape[1]
         cache = state if isinstance(state, KVCache) else None

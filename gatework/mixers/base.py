@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gatework.core.contracts import SequenceMixer, State
+from gatework.core.contracts import No, SequenceMixer, State, capability
 from gatework.core.errors import PartError
 
 
@@ -29,9 +29,15 @@ def check_call(
 
     Raises:
         PartError: x of another shape than (B, T, d_model), a mask or ``keep`` that is not one bool per token, ``segments`` that
-            are not one whole number per token, a state that is not the mixer's or of another batch, a state beside ``segments``.
+            are not one whole number per token, a state that is not the mixer's or of another batch, a state beside ``segments``;
+            a state or ``segments`` where the mixer can do nothing with them.
     """
     name = type(mixer).__name__
+    part = getattr(mixer, "part_name", name)
+    if state is not None and not capability(mixer, "decodes"):
+        raise PartError(f"{part} sees later tokens: it cannot decode with a state")
+    if segments is not None and not (answer := capability(mixer, "packs")):
+        raise PartError(f"{part} takes no segments ({answer})")
     if x.dim() != 3 or x.shape[-1] != d_model:
         raise PartError(f"{name} was built for inputs of shape (batch, time, {d_model}), not {tuple(x.shape)}")
     for what, given in (("mask", mask), ("keep", keep)):
@@ -49,6 +55,47 @@ def check_call(
         raise PartError("segments are for the parallel form: packed documents cannot be decoded with a state")
     if state.batch_size != len(x):
         raise PartError(f"the state holds {state.batch_size} sequences and the input {len(x)}: they are rows of one batch")
+
+
+def check_heads(d_model: int, heads: int, kv_heads: int | None = None) -> None:
+    """Refuse heads that do not share out the width, or the heads among the key-value heads.
+
+    Raises:
+        ValueError: saying what does not divide.
+    """
+    if heads < 1 or d_model % heads:
+        raise ValueError(f"d_model {d_model} is not divisible by heads {heads}")
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise ValueError(f"heads {heads} is not divisible by kv_heads {kv_heads}")
+
+
+def check_chunk(chunk: int) -> None:
+    """Refuse chunk lengths that the gated linear recurrence does not halve.
+
+    Raises:
+        ValueError: for what is no power of two of at least 4.
+    """
+    if chunk < 4 or chunk & (chunk - 1):
+        raise ValueError(f"chunk must be a power of two of at least 4, got {chunk}")
+
+
+class TwoSided(SequenceMixer):
+    """A mixer that sees both sides of every token, whatever its settings: it has no decoding state."""
+
+    capabilities = SequenceMixer.capabilities | {"causal": No("it sees later tokens"), "decodes": No("it sees later tokens")}
+
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> State:
+        """Refused: there is no decoding."""
+        raise self._stateless()
+
+    def state_bytes(self, length: int) -> int:
+        """Refused: there is no decoding."""
+        raise self._stateless()
+
+    def _stateless(self) -> PartError:
+        return PartError(f"{getattr(self, 'part_name', type(self).__name__)} sees later tokens: it has no decoding state")
 
 
 class RecurrentMixer(SequenceMixer):

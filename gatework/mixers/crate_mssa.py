@@ -27,7 +27,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatework.core.contracts import State
-from gatework.core.errors import PartError
 from gatework.core.registry import register
 from gatework.mixers.attention import Attention, _Limits
 from gatework.mixers.base import KVCache, check_call, put, take
@@ -113,8 +112,6 @@ class CrateMSSA(Attention):
         keep: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
-        if state is not None and not self.causal:
-            raise PartError("crate_mssa with causal=False sees later tokens: it cannot decode with a state")
         check_call(self, self.d_model, x, state, SubspaceCache, mask, segments, keep)
         w = self.projected(x)
         entries, limits = w, None

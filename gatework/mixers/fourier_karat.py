@@ -28,10 +28,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gatework.core.contracts import No, SequenceMixer, State
+from gatework.core.contracts import No, State
 from gatework.core.errors import PartError
 from gatework.core.registry import register
-from gatework.mixers.base import check_call
+from gatework.mixers.base import TwoSided, check_call, check_heads
 from gatework.ops.precision import without_autocast
 
 
@@ -118,7 +118,7 @@ class _Rows(torch.autograd.Function):
 
 
 @register("fourier_karat", paper="fourier_karat")
-class FourierKArAt(SequenceMixer):
+class FourierKArAt(TwoSided):
     """Attention with learned Fourier functions in place of the softmax.
 
     ``forward(x (B, tokens, d_model)) -> (B, tokens, d_model)``, not causal. The coefficients belong to places, so a layer has one
@@ -146,9 +146,7 @@ class FourierKArAt(SequenceMixer):
         PartError: another number of tokens, a state, ``segments``.
     """
 
-    capabilities = SequenceMixer.capabilities | {
-        "causal": No("every row of attention is made of the scores of all tokens"),
-        "decodes": No("every row of attention is made of the scores of all tokens"),
+    capabilities = TwoSided.capabilities | {
         "packs": No("its coefficients belong to the places of one sequence of a fixed length"),
         "keeps": No("its few products over a small, fixed number of tokens are made for all of them"),
         "any_length": No("its coefficients belong to places"),
@@ -156,8 +154,7 @@ class FourierKArAt(SequenceMixer):
 
     def __init__(self, d_model: int, tokens: int, heads: int = 4, rank: int = 12, grid_size: int = 3) -> None:
         super().__init__()
-        if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model {d_model} is not divisible by heads {heads}")
+        check_heads(d_model, heads)
         if tokens < 1 or rank < 1 or grid_size < 1:
             raise ValueError(f"tokens, rank and grid_size must be at least 1, got {tokens}, {rank} and {grid_size}")
         self.d_model, self.tokens, self.heads, self.head_width = d_model, tokens, heads, d_model // heads
@@ -178,13 +175,9 @@ class FourierKArAt(SequenceMixer):
         keep: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
-        if state is not None:
-            raise PartError("fourier_karat sees later tokens: it cannot decode with a state")
-        check_call(self, self.d_model, x, None, None, mask, segments, keep)
+        check_call(self, self.d_model, x, state, None, mask, segments, keep)
         if x.shape[1] != self.tokens:
             raise PartError(f"fourier_karat was built for {self.tokens} tokens, not {x.shape[1]}")
-        if segments is not None:
-            raise PartError("fourier_karat takes no segments: its coefficients belong to the places of one sequence")
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         with without_autocast(x.device):
             exact = torch.promote_types(x.dtype, torch.float32)
@@ -193,15 +186,6 @@ class FourierKArAt(SequenceMixer):
         y: Tensor = self.o_proj(heads.transpose(1, 2).flatten(2).to(v.dtype))
         return y if keep is None else y.masked_fill(~keep[..., None], 0)
 
-    def init_state(
-        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> State:
-        """Refused: there is no decoding."""
-        raise PartError("fourier_karat sees later tokens: it has no decoding state")
-
-    def state_bytes(self, length: int) -> int:
-        """Refused: there is no decoding."""
-        raise PartError("fourier_karat sees later tokens: it has no decoding state")
 
 
 def universal(model: nn.Module) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gatework.core.contracts import State
 from gatework.core.registry import register
-from gatework.mixers.base import RecurrentMixer, of_kept
+from gatework.mixers.base import RecurrentMixer, check_chunk, of_kept
 from gatework.ops.linear_recurrence import gated_linear_recurrence
 
 
@@ -81,8 +81,7 @@ class GatedLinearAttention(RecurrentMixer):
             raise ValueError(f"the key width {key_width} and value width {value_width} are not divisible by heads {heads}")
         if decay_rank < 1 or normalizer <= 0:
             raise ValueError(f"decay_rank must be at least 1 and normalizer positive, got {decay_rank} and {normalizer}")
-        if chunk < 4 or chunk & (chunk - 1):
-            raise ValueError(f"chunk must be a power of two of at least 4, got {chunk}")
+        check_chunk(chunk)
         self.d_model, self.heads, self.normalizer, self.chunk = d_model, heads, normalizer, chunk
         self.key_width, self.value_width = key_width, value_width
         self.q_proj = nn.Linear(d_model, key_width, bias=False)

@@ -119,8 +119,6 @@ class GPSA(Attention):
             rows, columns = self.grid
             if x.dim() == 3 and x.shape[1] != rows * columns:
                 raise PartError(f"gpsa was built for a grid of {rows} x {columns} = {rows * columns} tokens, not {x.shape[1]}")
-            if segments is not None:
-                raise PartError("segments do not fit on a grid, which holds one picture")
         y = super().forward(x, state, mask, segments, keep)
         if not in_backward():
             self.metrics = {"gate": self.gate_logit.detach().sigmoid()}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gatework.core.contracts import State
 from gatework.core.registry import register
-from gatework.mixers.base import RecurrentMixer, of_kept
+from gatework.mixers.base import RecurrentMixer, check_chunk, check_heads, of_kept
 from gatework.ops.linear_recurrence import gated_linear_recurrence
 
 
@@ -81,10 +81,7 @@ class GatedSlotAttention(RecurrentMixer):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model {d_model} is not divisible by heads {heads}")
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"heads {heads} is not divisible by kv_heads {kv_heads}")
+        check_heads(d_model, heads, kv_heads)
         slots = d_model // heads if slots is None else slots
         if slots < 2:
             raise ValueError(f"slots must be at least 2, since a softmax over one asks no query, got {slots}")
@@ -92,8 +89,7 @@ class GatedSlotAttention(RecurrentMixer):
             raise ValueError(f"normalizer must be positive, got {normalizer}")
         if feature_map not in ("swish", "t2r"):
             raise ValueError(f"feature_map must be swish or t2r, got {feature_map!r}")
-        if chunk < 4 or chunk & (chunk - 1):
-            raise ValueError(f"chunk must be a power of two of at least 4, got {chunk}")
+        check_chunk(chunk)
         self.d_model, self.heads, self.kv_heads, self.head_width = d_model, heads, kv_heads, d_model // heads
         self.slots_per_head, self.normalizer, self.chunk = slots, normalizer, chunk
         self.q_proj = nn.Linear(d_model, d_model, bias=False)

@@ -25,9 +25,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from gatework.core.contracts import No, State
-from gatework.core.errors import PartError
 from gatework.core.registry import register
-from gatework.mixers.base import RecurrentMixer, of_kept
+from gatework.mixers.base import RecurrentMixer, check_chunk, check_heads, of_kept
 from gatework.ops.linear_recurrence import gated_linear_recurrence
 from gatework.ops.precision import without_autocast
 
@@ -83,14 +82,12 @@ class LinearAttention(RecurrentMixer):
         chunk: int = 64,
     ) -> None:
         super().__init__()
-        if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model {d_model} is not divisible by heads {heads}")
+        check_heads(d_model, heads)
         if feature_map not in ("elu", "relu", "identity"):
             raise ValueError(f"feature_map must be elu, relu or identity, got {feature_map!r}")
         if normalize and feature_map == "identity":
             raise ValueError("weights of either sign have no sum to divide by: feature_map identity takes normalize false")
-        if chunk < 4 or chunk & (chunk - 1):
-            raise ValueError(f"chunk must be a power of two of at least 4, got {chunk}")
+        check_chunk(chunk)
         self.d_model, self.heads, self.head_width = d_model, heads, d_model // heads
         self.feature_map, self.causal, self.chunk = feature_map, causal, chunk
         self.normalize = feature_map != "identity" if normalize is None else normalize
@@ -108,19 +105,6 @@ class LinearAttention(RecurrentMixer):
         """The settings."""
         shown = f"d_model={self.d_model}, heads={self.heads}, feature_map={self.feature_map}, normalize={self.normalize}"
         return f"{shown}, causal={self.causal}, chunk={self.chunk}"
-
-    def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        state: State | None = None,
-        mask: Bool[Tensor, "B T"] | None = None,
-        segments: Int[Tensor, "B T"] | None = None,
-        keep: Bool[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
-        if state is not None and not self.causal:
-            raise PartError("linear_attention with causal=False sees later tokens: it cannot decode with a state")
-        return super().forward(x, state, mask, segments, keep)
 
     def features(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B H K"]:
         """phi of projected tokens, head by head."""

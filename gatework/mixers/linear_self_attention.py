@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gatework.core.contracts import State
 from gatework.core.registry import register
-from gatework.mixers.base import RecurrentMixer, put, take
+from gatework.mixers.base import RecurrentMixer, check_chunk, put, take
 from gatework.ops.linear_recurrence import gated_linear_recurrence
 
 
@@ -69,8 +69,7 @@ class LinearSelfAttention(RecurrentMixer):
         super().__init__()
         if d_model < 1 or (complex and d_model % 2):
             raise ValueError(f"d_model must be at least 1, and even where its channels are pairs, got {d_model}")
-        if chunk < 4 or chunk & (chunk - 1):
-            raise ValueError(f"chunk must be a power of two of at least 4, got {chunk}")
+        check_chunk(chunk)
         self.d_model, self.complex, self.chunk = d_model, complex, chunk
         shape = (d_model // 2, d_model // 2, 2) if complex else (d_model, d_model)
         self.kq = nn.Parameter(torch.randn(shape) / d_model)

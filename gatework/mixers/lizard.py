@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from gatework.core.contracts import State
 from gatework.core.registry import register
-from gatework.mixers.base import KVCache, RecurrentMixer, of_kept, rotary_angles, rotate
+from gatework.mixers.base import KVCache, RecurrentMixer, check_chunk, check_heads, of_kept, rotary_angles, rotate
 from gatework.ops.linear_recurrence import gated_linear_recurrence
 from gatework.ops.precision import without_autocast
 from gatework.ops.scan import associative_scan
@@ -104,10 +104,7 @@ class Lizard(RecurrentMixer):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model {d_model} is not divisible by heads {heads}")
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"heads {heads} is not divisible by kv_heads {kv_heads}")
+        check_heads(d_model, heads, kv_heads)
         width = d_model // heads
         features = width if features is None else features
         if features < 1 or window < 1 or sinks < 0:
@@ -118,8 +115,7 @@ class Lizard(RecurrentMixer):
             raise ValueError(f"rotary positions need an even head width, not d_model / heads = {width}")
         if rope_base <= 0:
             raise ValueError(f"rope_base must be positive, got {rope_base}")
-        if chunk < 4 or chunk & (chunk - 1):
-            raise ValueError(f"chunk must be a power of two of at least 4, got {chunk}")
+        check_chunk(chunk)
         self.d_model, self.heads, self.kv_heads, self.head_width = d_model, heads, kv_heads, width
         self.features, self.window, self.rope, self.rope_base, self.chunk = features, window, rope, rope_base, chunk
         self.q_proj = nn.Linear(d_model, d_model, bias=False)

@@ -32,16 +32,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gatework.core.contracts import No, SequenceMixer, State
+from gatework.core.contracts import No, State
 from gatework.core.errors import PartError
 from gatework.core.registry import register
-from gatework.mixers.base import check_call
-
-_SEES = No("every place of the grid sees every other")
+from gatework.mixers.base import TwoSided, check_call
 
 
 @register("mgno", paper="mgno")
-class MgNO(SequenceMixer):
+class MgNO(TwoSided):
     """A multigrid V-cycle over a line or a grid, linear in its input.
 
     ``forward(x (B, T, d_model)) -> (B, T, d_model)``; channels are mixed too. Parameters do not depend on T, time is linear in it.
@@ -72,8 +70,8 @@ class MgNO(SequenceMixer):
         PartError: on a grid another number of tokens, a state, ``segments``.
     """
 
-    capabilities = SequenceMixer.capabilities | {
-        "causal": _SEES, "decodes": _SEES, "packs": No("its levels are those of one grid"),
+    capabilities = TwoSided.capabilities | {
+        "packs": No("its levels are those of one grid"),
         "keeps": No("every place of every level goes into every output"),
     }
 
@@ -135,11 +133,7 @@ class MgNO(SequenceMixer):
         keep: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the grid; see :class:`~gatework.core.contracts.SequenceMixer`."""
-        if state is not None:
-            raise PartError("mgno sees later tokens: it cannot decode with a state")
-        check_call(self, self.d_model, x, None, None, mask, segments, keep)
-        if segments is not None:
-            raise PartError("mgno takes no segments: its levels are those of one grid")
+        check_call(self, self.d_model, x, state, None, mask, segments, keep)
         if self.grid is not None and x.shape[1] != self.grid[0] * self.grid[1]:
             rows, columns = self.grid
             raise PartError(f"mgno was built for a grid of {rows} x {columns} = {rows * columns} tokens, not {x.shape[1]}")
@@ -212,13 +206,3 @@ class MgNO(SequenceMixer):
             u = F.pad(u, [1] * (2 * (u.dim() - 2)))
         y: Tensor = convolution(u)
         return y
-
-    def init_state(
-        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> State:
-        """Refused: there is no decoding."""
-        raise PartError("mgno sees later tokens: it has no decoding state")
-
-    def state_bytes(self, length: int) -> int:
-        """Refused: there is no decoding."""
-        raise PartError("mgno sees later tokens: it has no decoding state")

@@ -21,16 +21,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from gatework.core.contracts import No, SequenceMixer, State
+from gatework.core.contracts import State
 from gatework.core.errors import PartError
 from gatework.core.registry import register
-from gatework.mixers.base import check_call
-
-_SEES = No("it sees all points of a function")
+from gatework.mixers.base import TwoSided, check_call, check_heads
 
 
 @register("quadrature_attention", paper="neural_operator_recipe")
-class QuadratureAttention(SequenceMixer):
+class QuadratureAttention(TwoSided):
     """Attention over both sides, with a quadrature weight for every token.
 
     ``forward(x (B, T, d_model), quadrature=w (B, T)) -> (B, T, d_model)``; without ``quadrature`` all weights are equal.
@@ -52,12 +50,9 @@ class QuadratureAttention(SequenceMixer):
         PartError: a state, or weights that are not one number per token.
     """
 
-    capabilities = SequenceMixer.capabilities | {"causal": _SEES, "decodes": _SEES}
-
     def __init__(self, d_model: int, heads: int = 4) -> None:
         super().__init__()
-        if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model {d_model} is not divisible by heads {heads}")
+        check_heads(d_model, heads)
         self.d_model, self.heads, self.head_width = d_model, heads, d_model // heads
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, d_model, bias=False)
@@ -81,9 +76,7 @@ class QuadratureAttention(SequenceMixer):
         quadrature: Float[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the points; ``quadrature`` are their weights, the rest is as in :class:`~gatework.core.contracts.SequenceMixer`."""
-        if state is not None:
-            raise PartError("quadrature_attention sees later tokens: it cannot decode with a state")
-        check_call(self, self.d_model, x, None, None, mask, segments, keep)
+        check_call(self, self.d_model, x, state, None, mask, segments, keep)
         if quadrature is not None and quadrature.shape != x.shape[:2]:
             raise PartError(f"quadrature has one weight per token, shape {tuple(x.shape[:2])}, not {tuple(quadrature.shape)}")
         places = None
@@ -133,13 +126,3 @@ class QuadratureAttention(SequenceMixer):
         hidden = ~(seen | own)
         zero = torch.zeros((), device=some.device) if bias is None else bias
         return zero.masked_fill(hidden, -torch.inf)[:, None]
-
-    def init_state(
-        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> State:
-        """Refused: there is no decoding."""
-        raise PartError("quadrature_attention sees later tokens: it has no decoding state")
-
-    def state_bytes(self, length: int) -> int:
-        """Refused: there is no decoding."""
-        raise PartError("quadrature_attention sees later tokens: it has no decoding state")

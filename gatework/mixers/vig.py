@@ -27,14 +27,12 @@ from torch import Tensor, nn
 from gatework.core.contracts import No, State
 from gatework.core.errors import PartError
 from gatework.core.registry import register
-from gatework.mixers.base import RecurrentMixer, check_call, of_kept
+from gatework.mixers.base import RecurrentMixer, TwoSided, check_call, check_chunk, check_heads, of_kept
 from gatework.ops.linear_recurrence import gated_linear_recurrence
-
-_SEES = No("it sees later tokens")
 
 
 @register("vig", paper="vig")
-class BidirectionalGLA2d(RecurrentMixer):
+class BidirectionalGLA2d(TwoSided, RecurrentMixer):
     """Bidirectional gated linear attention with a local convolution.
 
     ``forward(x (B, T, d_model)) -> (B, T, d_model)``, T = rows * columns on a grid; time and memory are linear in T.
@@ -61,7 +59,6 @@ class BidirectionalGLA2d(RecurrentMixer):
     """
 
     state_type = State
-    capabilities = RecurrentMixer.capabilities | {"causal": _SEES, "decodes": _SEES}
 
     def __init__(
         self,
@@ -75,14 +72,12 @@ class BidirectionalGLA2d(RecurrentMixer):
     ) -> None:
         super().__init__()
         key_width = round(d_model * expand_k)
-        if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model {d_model} is not divisible by heads {heads}")
+        check_heads(d_model, heads)
         if key_width < 1 or key_width % heads:
             raise ValueError(f"the key width {key_width}, expand_k {expand_k} of d_model, is not divisible by heads {heads}")
         if decay_rank < 1 or normalizer <= 0:
             raise ValueError(f"decay_rank must be at least 1 and normalizer positive, got {decay_rank} and {normalizer}")
-        if chunk < 4 or chunk & (chunk - 1):
-            raise ValueError(f"chunk must be a power of two of at least 4, got {chunk}")
+        check_chunk(chunk)
         if grid is not None:
             if len(grid) != 2 or min(grid) < 1:
                 raise ValueError(f"grid is (rows, columns), both at least 1, not {tuple(grid)}")
@@ -121,16 +116,12 @@ class BidirectionalGLA2d(RecurrentMixer):
         keep: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the sequence; see :class:`~gatework.core.contracts.SequenceMixer`."""
-        if state is not None:
-            raise PartError("vig sees later tokens: it cannot decode with a state")
         if self.grid is None:
             return super().forward(x, state, mask, segments, keep)
-        check_call(self, self.d_model, x, None, None, mask, segments, keep)
+        check_call(self, self.d_model, x, state, None, mask, segments, keep)
         rows, columns = self.grid
         if x.shape[1] != rows * columns:
             raise PartError(f"vig was built for {rows * columns} tokens, a grid of {rows} x {columns}, not for {x.shape[1]}")
-        if segments is not None:
-            raise PartError("a grid holds one picture: vig with a grid takes no segments")
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0)
         return self.mix(x, None, mask, None, None if keep is None else keep.flatten().nonzero()[:, 0])
@@ -182,17 +173,3 @@ class BidirectionalGLA2d(RecurrentMixer):
         read, own = self.norm(o.to(x.dtype)), self.local_norm(x.unflatten(-1, (self.heads, -1)))
         out: Tensor = self.o_proj(torch.lerp(own, read, gate.to(own.dtype)).flatten(-2))
         return out
-
-    def init_state(
-        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> State:
-        """There is none.
-
-        Raises:
-            PartError: always.
-        """
-        raise PartError("vig sees later tokens: it cannot decode, and has no state")
-
-    def state_bytes(self, length: int) -> int:
-        """0: nothing is kept."""
-        return 0

@@ -387,5 +387,5 @@ def test_what_a_state_refuses():
     with pytest.raises(ValueError, match="continues from its own init_state, not from a"):
         m(x, state=GatedLinearAttention(D, heads=2).init_state(2))
     both = layer(causal=False)
-    with pytest.raises(ValueError, match="causal=False sees later tokens"):
+    with pytest.raises(ValueError, match="attention sees later tokens: it cannot decode with a state"):
         both(x, state=both.init_state(2))
