@@ -139,11 +139,11 @@ class Attention(SequenceMixer):
         limits = None
         if cache is None:
             if mask is not None or segments is not None:
-                limits = _Limits.parallel(positions, mask, segments)
+                limits = Limits.parallel(positions, mask, segments)
         elif mask is None and cache.real is None:
             keys, values = cache.append(keys, values)
         else:
-            limits = _Limits.after(cache, positions, mask)
+            limits = Limits.after(cache, positions, mask)
             if mask is None:
                 keys, values = cache.append(keys, values)
             else:
@@ -168,7 +168,7 @@ class Attention(SequenceMixer):
         """Queries of tokens (..., H, K), ready for :meth:`_sdpa`."""
         return self._place(self.query(x), self.q_norm, cos, sin)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, limits: _Limits | None) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, limits: Limits | None) -> Tensor:
         """Heads (B, H, T, K) of the queries (B, H, T, K), the last T of the S entries being the queries' own."""
         new, entries, window = queries.shape[2], keys.shape[2], self.window
         if limits is not None:
@@ -207,7 +207,7 @@ class Attention(SequenceMixer):
         return _allowed(entry[:, entries - new :], entry, self.causal, window)
 
     def _kept(
-        self, x: Tensor, keep: Tensor, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, limits: _Limits | None
+        self, x: Tensor, keep: Tensor, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, limits: Limits | None
     ) -> Tensor:
         """Outputs of the kept tokens, 0 elsewhere; queries, scores and output projection run for the kept tokens only."""
         batch, new, width = x.shape
@@ -221,7 +221,7 @@ class Attention(SequenceMixer):
         return y_N.new_zeros(batch * new, width).index_copy_(0, rows, y_N).view(batch, new, width)
 
     def _attend_kept(
-        self, queries_N: Tensor, rows: Tensor, keep: Tensor, keys: Tensor, values: Tensor, limits: _Limits | None
+        self, queries_N: Tensor, rows: Tensor, keep: Tensor, keys: Tensor, values: Tensor, limits: Limits | None
     ) -> Tensor:
         """Heads (N, H, K) of the kept queries (N, H, K), which stand at the flat places ``rows``."""
         batch, new = keep.shape
@@ -285,19 +285,19 @@ def _allowed(query: Int[Tensor, "#B T"], entry: Int[Tensor, "#B S"], causal: boo
     return (entry < query + window) & (entry > query - window)
 
 
-class _Limits:
+class Limits:
     """Who may see whom where padding or packing has a say: T queries, the last of S entries being their own."""
 
     def __init__(self, query: Tensor, entry: Tensor, real: Tensor | None, segments: Tensor | None) -> None:
         self.query, self.entry, self.real, self.segments = query, entry, real, segments
 
     @classmethod
-    def parallel(cls, positions: Tensor, mask: Tensor | None, segments: Tensor | None) -> _Limits:
+    def parallel(cls, positions: Tensor, mask: Tensor | None, segments: Tensor | None) -> Limits:
         """For a sequence of its own."""
         return cls(positions, positions, mask, segments)
 
     @classmethod
-    def after(cls, cache: KVCache, positions: Tensor, mask: Tensor | None) -> _Limits:
+    def after(cls, cache: KVCache, positions: Tensor, mask: Tensor | None) -> Limits:
         """For tokens at ``positions`` that are fed behind what the cache holds."""
         past = cache.slot_positions()
         batch = max(len(past), len(positions))

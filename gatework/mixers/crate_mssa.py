@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gatework.core.contracts import State
 from gatework.core.registry import register
-from gatework.mixers.attention import Attention, _Limits
+from gatework.mixers.attention import Attention, Limits
 from gatework.mixers.base import KVCache, check_call, put, take
 
 
@@ -117,7 +117,7 @@ class CrateMSSA(Attention):
         entries, limits = w, None
         if isinstance(state, SubspaceCache):
             if mask is not None or state.real is not None:
-                limits = _Limits.after(state, state.positions(x.shape[1], mask), mask)
+                limits = Limits.after(state, state.positions(x.shape[1], mask), mask)
             if mask is None:
                 entries, _ = state.append(w, w)
             else:
@@ -125,7 +125,7 @@ class CrateMSSA(Attention):
                 state.append_masked(w, w, mask)
         elif mask is not None or segments is not None:
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-            limits = _Limits.parallel(real.cumsum(1) - 1, mask, segments)
+            limits = Limits.parallel(real.cumsum(1) - 1, mask, segments)
         if keep is None:
             return self.output(self._attend(w, entries, entries, limits).transpose(1, 2), x)
         kept = keep.flatten().nonzero()[:, 0]

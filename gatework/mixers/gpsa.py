@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from gatework.core.contracts import No, State, in_backward
 from gatework.core.errors import PartError
 from gatework.core.registry import register
-from gatework.mixers.attention import Attention, _Limits
+from gatework.mixers.attention import Attention, Limits
 
 
 @register("gpsa", paper="gpsa")
@@ -128,13 +128,13 @@ class GPSA(Attention):
         """g by head: the share of the attention by position."""
         return self.gate_logit.sigmoid()
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, limits: _Limits | None) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, limits: Limits | None) -> Tensor:
         content = super()._attend(queries, keys, values, limits)
         position = self._positional(queries.shape[2], None, values.to(content.dtype), limits)
         return self._gated(content, position, self.gates()[:, None, None])
 
     def _attend_kept(
-        self, queries_N: Tensor, rows: Tensor, keep: Tensor, keys: Tensor, values: Tensor, limits: _Limits | None
+        self, queries_N: Tensor, rows: Tensor, keep: Tensor, keys: Tensor, values: Tensor, limits: Limits | None
     ) -> Tensor:
         content_N = super()._attend_kept(queries_N, rows, keep, keys, values, limits)
         if not len(rows):
@@ -147,7 +147,7 @@ class GPSA(Attention):
     def _gated(self, content: Tensor, position: Tensor, gate: Tensor) -> Tensor:
         return torch.lerp(content, position.to(content.dtype), gate.to(content.dtype))
 
-    def _positional(self, new: int, places: Tensor | None, values: Tensor, limits: _Limits | None) -> Tensor:
+    def _positional(self, new: int, places: Tensor | None, values: Tensor, limits: Limits | None) -> Tensor:
         """R V for the last ``new`` of the S entries, or for those at the places (B, M) among them."""
         entries, device = values.shape[2], values.device
         if limits is None and places is None and new == entries:

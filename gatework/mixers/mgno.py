@@ -25,7 +25,7 @@ then comes up is cut off. The layer norms of its Navier-Stokes variant are left 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +169,7 @@ class MgNO(TwoSided):
         u: Tensor | None = None
         kept = []
         for level in range(self.levels):
-            u = self._smooth(self.down[level], u, f)  # type: ignore[arg-type]
+            u = self._smooth(self.down[level], u, f)
             if level + 1 < self.levels:
                 kept.append((u, f))
                 rest = f if self.coarse == "restricted" else f - self._apply_to(self.a[level], u)
@@ -182,15 +182,15 @@ class MgNO(TwoSided):
             for axis, side in enumerate(fine.shape[2:], 2):
                 risen = risen.narrow(axis, 0, side)
             u = fine + risen
-            u = self._smooth(self.up[level], u, f)  # type: ignore[arg-type]
+            u = self._smooth(self.up[level], u, f)
         return u
 
-    def _smooth(self, pairs: nn.ModuleList, u: Tensor | None, f: Tensor) -> Tensor:
+    def _smooth(self, pairs: Any, u: Tensor | None, f: Tensor) -> Tensor:
         for pair in pairs:
             if u is None:
-                u = self._apply_to(pair["s"], f)  # type: ignore[index]
+                u = self._apply_to(pair["s"], f)
             else:
-                u = u + self._apply_to(pair["s"], f - self._apply_to(pair["a"], u))  # type: ignore[index]
+                u = u + self._apply_to(pair["s"], f - self._apply_to(pair["a"], u))
         assert u is not None
         return u
 

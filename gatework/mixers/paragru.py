@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from gatework.core.contracts import State, in_backward
 from gatework.core.registry import register
-from gatework.mixers.base import RecurrentMixer, ShortConvolution
+from gatework.mixers.base import RecurrentMixer, ShortConvolution, check_heads
 from gatework.ops.newton import Cell, newton_recurrence
 
 
@@ -57,8 +57,7 @@ class ParaRNN(RecurrentMixer):
         self, d_model: int, heads: int = 2, conv_width: int = 4, chunk: int | None = None, iterations: int | None = None
     ) -> None:
         super().__init__()
-        if heads < 1 or d_model % heads:
-            raise ValueError(f"d_model {d_model} is not divisible by heads {heads}")
+        check_heads(d_model, heads)
         if (chunk is not None and chunk < 1) or (iterations is not None and iterations < 0):
             raise ValueError(f"chunk must be at least 1 and iterations at least 0, got {chunk} and {iterations}")
         self.d_model, self.heads, self.chunk, self.iterations = d_model, heads, chunk, iterations
