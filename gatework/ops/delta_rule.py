@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gatework.ops import fla
-from gatework.ops.linear_recurrence import STEP_LENGTH, diagonal_blocks, document_masks
+from gatework.ops.linear_recurrence import STEP_LENGTH, check_sizes, diagonal_blocks, document_masks
 from gatework.ops.precision import without_autocast
 
 #: Tokens whose chunks are computed at once.
@@ -91,8 +91,9 @@ def gated_delta_rule(
     backward is not supported. On CUDA, half precisions go to the kernels of :mod:`gatework.ops.fla` where those are installed.
 
     Raises:
-        ValueError: for a chunk length that is not a power of two.
+        ValueError: for a chunk length that is not a power of two, or inputs whose sizes do not fit each other.
     """
+    check_sizes(q, k, v, (beta, log_decay), state, segments)
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk {chunk} must be a power of two")
     if segments is None and q.shape[1] > STEP_LENGTH and fla.available(q, k, v):

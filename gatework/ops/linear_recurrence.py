@@ -81,8 +81,10 @@ def gated_linear_recurrence(
     backward is not supported.
 
     Raises:
-        ValueError: for chunk lengths that are not powers of two with ``sub_chunk <= chunk``, or decays of another width.
+        ValueError: for chunk lengths that are not powers of two with ``sub_chunk <= chunk``, decays of another width, or inputs
+            whose sizes do not fit each other.
     """
+    check_sizes(q, k, v, (log_decay,), state, segments)
     if chunk < 1 or chunk & (chunk - 1) or sub_chunk < 1 or sub_chunk & (sub_chunk - 1) or sub_chunk > chunk:
         raise ValueError(f"chunk {chunk} and sub_chunk {sub_chunk} must be powers of two with sub_chunk <= chunk")
     if log_decay is not None and log_decay.shape[-1] not in (1, (k if axis == "keys" else v).shape[-1]):
@@ -106,6 +108,23 @@ def gated_linear_recurrence(
         else:
             out, state = _chunked(q, k, values, decay, state, segments, scale, axis, chunk, sub_chunk)
         return out.to(v.dtype), state
+
+
+def check_sizes(
+    q: Tensor, k: Tensor, v: Tensor, per_head: Iterable[Tensor | None], state: Tensor | None, segments: Tensor | None
+) -> None:
+    """Refuse what does not fit: ``per_head`` begins with (B, T, H), as q, k and v do. Broadcasting would let some of it pass."""
+    here = k.shape[:3]
+    if q.shape != k.shape or any(x is not None and x.shape[:3] != here for x in (v, *per_head)) or not k.shape[3]:
+        others = ", ".join(str(tuple(x.shape)) for x in per_head if x is not None)
+        raise ValueError(
+            f"queries and keys are (B, T, H, K) with K >= 1, and all other inputs begin with the same B, T and H; got queries "
+            f"{tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}{others and ' and ' + others}"
+        )
+    if state is not None and state.shape != (here[0], here[2], k.shape[3], v.shape[3]):
+        raise ValueError(f"the state is (B, H, K, V) = {(here[0], here[2], k.shape[3], v.shape[3])}, not {tuple(state.shape)}")
+    if segments is not None and segments.shape != here[:2]:
+        raise ValueError(f"segments are (B, T) = {tuple(here[:2])}, not {tuple(segments.shape)}")
 
 
 def _stepped(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, axis: str) -> tuple[Tensor, Tensor]:

@@ -219,6 +219,27 @@ def test_chunks_are_powers_of_two(chunk):
         gated_delta_rule(*(x.detach() for x in inputs(4)[:5]), chunk=chunk)
 
 
+@pytest.mark.parametrize("length", [3, 9])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"q": (2, 9, 2, 3)}, r"queries \(2, {T}, 2, 3\), keys \(2, {T}, 2, 4\)"),
+        ({"k": (2, 2, 2, 4)}, r"keys \(2, 2, 2, 4\)"),
+        ({"q": (2, 9, 2, 0), "k": (2, 9, 2, 0)}, "with K >= 1"),
+        ({"v": (2, 9, 1, 5)}, r"values \(2, {T}, 1, 5\)"),
+        ({"beta": (2, 9, 1)}, r"and \(2, {T}, 1\), \(2, {T}, 2\)"),
+        ({"log_decay": (1, 9, 2)}, r"and \(2, {T}, 2\), \(1, {T}, 2\)"),
+        ({"state": (1, 2, 4, 5)}, r"the state is \(B, H, K, V\) = \(2, 2, 4, 5\), not \(1, 2, 4, 5\)"),
+        ({"segments": (2, 2)}, r"segments are \(B, T\) = \(2, {T}\), not \(2, 2\)"),
+    ],
+)
+def test_sizes_that_do_not_fit(unchecked, length, wrong, message):
+    shapes = {"q": (2, 9, 2, 4), "k": (2, 9, 2, 4), "v": (2, 9, 2, 5), "beta": (2, 9, 2), "log_decay": (2, 9, 2)} | wrong
+    given = {name: torch.zeros(shape) if name == "state" else torch.zeros(shape)[:, :length] for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message.replace("{T}", str(length))):
+        gated_delta_rule(**given)
+
+
 def test_unit():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-3, 0.0]], dtype=torch.float64, requires_grad=True)
     expected = torch.stack([row / (row[0] ** 2 + row[1] ** 2 + 1e-6) ** 0.5 for row in x])

@@ -195,6 +195,13 @@ def test_decays_of_another_width_are_refused():
         gated_linear_recurrence(q, k, v, decay, axis="values")
 
 
+@pytest.mark.parametrize("decay", [(2, 9, 1, 4), (1, 9, 3, 4), (2, 8, 3, 1)])
+def test_decays_of_other_tokens_or_heads_are_refused(unchecked, decay):
+    q, k, v, _, _ = inputs(9)
+    with pytest.raises(ValueError, match="all other inputs begin with the same B, T and H"):
+        gated_linear_recurrence(q, k, v, torch.zeros(decay))
+
+
 def test_linear_in_v():
     q, k, v, decay, _ = inputs(20)
     single = gated_linear_recurrence(q, k, v, decay)[0]
