@@ -6,6 +6,7 @@ section 3; the released generator was read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -63,9 +64,9 @@ class InContextAR(Task):
     def __init__(
         self, dimensions: int = 5, length: int = 32, start: Start = "gaussian", scale: float = 1.0, pairs: bool = True
     ) -> None:
-        if dimensions < 1 or length < 3 or not scale > 0:
+        if dimensions < 1 or length < 3 or not 0 < scale < math.inf:
             given = f"{dimensions}, {length} and {scale}"
-            raise GateworkError(f"dimensions must be at least 1, length at least 3 and scale positive, got {given}")
+            raise GateworkError(f"dimensions must be at least 1, length at least 3 and scale positive and finite, got {given}")
         self.dimensions, self.length, self.start, self.scale, self.pairs = dimensions, length, start, scale, pairs
         # Seeds that no training stream uses: PyTorch's CPU generator takes the lower 32 bits of a seed, `batches` the lower 31.
         self.splits = {

@@ -48,8 +48,9 @@ class MaskedDigits(RegressionTask):
         if patch not in (1, 2, 4):
             raise GateworkError(f"pictures of 8 x 8 have patches of side 1, 2 or 4, not {patch}")
         tokens = (8 // patch) ** 2
-        self.patch, self.normalize, self.hidden = patch, normalize, tokens - int(tokens * (1 - ratio))
-        if not 0 < ratio < 1 or not 0 < self.hidden < tokens:
+        self.patch, self.normalize = patch, normalize
+        self.hidden = tokens - int(tokens * (1 - ratio)) if 0 < ratio < 1 else 0
+        if not 0 < self.hidden < tokens:
             raise GateworkError(f"ratio {ratio} of {tokens} patches must hide and show at least one")
         self.digits = Digits(split_seed)
         generator = torch.Generator().manual_seed(split_seed)

@@ -36,7 +36,7 @@ class GPPrior(Task):
     Args:
         inputs: width of x.
         points: n, of a data set.
-        lengthscale, outputscale, noise: of the process; the last two are variances.
+        lengthscale, outputscale, noise: of the process; the last two are variances, noise at least 1e-10 of the other.
         equidistant: whether x are equidistant; for 1 input.
         bars: number of bars.
 
@@ -61,6 +61,9 @@ class GPPrior(Task):
 
     EVALUATION_ROWS: ClassVar[int] = 256
     EVALUATION_BATCH: ClassVar[int] = 64
+    #: Below these the Cholesky factors of the covariances lose all digits.
+    LEAST_NOISE: ClassVar[float] = 1e-10
+    LEAST_LENGTHSCALE: ClassVar[float] = 1e-100
 
     def __init__(
         self,
@@ -72,9 +75,12 @@ class GPPrior(Task):
         equidistant: bool = False,
         bars: int = 100,
     ) -> None:
-        if inputs < 1 or points < 2 or not min(lengthscale, outputscale, noise) > 0:
+        if inputs < 1 or points < 2 or not all(0 < scale < math.inf for scale in (lengthscale, outputscale, noise)):
             given = f"{inputs}, {points}, {lengthscale}, {outputscale} and {noise}"
-            raise GateworkError(f"inputs is at least 1, points at least 2, the three scales are positive, not {given}")
+            raise GateworkError(f"inputs is at least 1, points at least 2, the three scales are positive and finite, not {given}")
+        if not noise >= self.LEAST_NOISE * outputscale or lengthscale < self.LEAST_LENGTHSCALE:
+            wanted = f"noise of at least {self.LEAST_NOISE} outputscale and a lengthscale of at least {self.LEAST_LENGTHSCALE}"
+            raise GateworkError(f"the covariances can be factored for {wanted}, not {noise}, {outputscale} and {lengthscale}")
         if equidistant and inputs != 1:
             raise GateworkError(f"points are equidistant on a line: that takes 1 input, not {inputs}")
         self.inputs, self.points, self.equidistant = inputs, points, equidistant

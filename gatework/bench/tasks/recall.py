@@ -30,7 +30,7 @@ class Recall(SequenceTask):
         vocab_size: even.
         length: tokens of a row, even.
         pairs: key-value pairs; 4 pairs fit into ``length``.
-        alpha: exponent of the gaps' power law.
+        alpha: exponent of the gaps' power law, at most 10.
         extrapolate: also evaluate at 2 and 4 times the length, with as many pairs, whose queries may then come later.
 
     Raises:
@@ -52,12 +52,14 @@ class Recall(SequenceTask):
     ) -> None:
         if vocab_size % 2 or length % 2:
             raise GateworkError(f"vocab_size {vocab_size} and length {length} must be even")
-        if pairs < 1 or 4 * pairs > length:
+        if pairs < 1:
+            raise GateworkError(f"pairs must be at least 1, got {pairs}")
+        if 4 * pairs > length:
             raise GateworkError(f"{pairs} pairs need a length of at least {4 * pairs}, got {length}")
         if pairs > vocab_size // 2 - 1:
             raise GateworkError(f"{pairs} pairs need a vocabulary of at least {2 * pairs + 2}, got {vocab_size}")
-        if alpha <= 0:
-            raise GateworkError(f"alpha must be positive, got {alpha}")
+        if not 0 < alpha <= 10:  # Far beyond, the powers overflow.
+            raise GateworkError(f"alpha must be positive and at most 10, got {alpha}")
         self.pairs, self.alpha = pairs, alpha
         super().__init__(vocab_size, length, extrapolate)
 

@@ -51,8 +51,10 @@ class SelectiveCopy(SequenceTask):
     ) -> None:
         if vocab_size < 4:
             raise GateworkError(f"vocab_size must be at least 4 (noise, marker and two data tokens), got {vocab_size}")
-        if copied < 1 or length < 2 * copied:
-            raise GateworkError(f"{copied} tokens to copy need a length of at least {2 * max(copied, 1)}, got {length}")
+        if copied < 1:
+            raise GateworkError(f"copied must be at least 1, got {copied}")
+        if length < 2 * copied:
+            raise GateworkError(f"{copied} tokens to copy need a length of at least {2 * copied}, got {length}")
         self.copied, self.fixed_places = copied, fixed_places
         super().__init__(vocab_size, length, extrapolate)
 

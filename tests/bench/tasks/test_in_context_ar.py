@@ -86,9 +86,9 @@ def test_the_first_place_does_not_count():
     assert made.units_per_batch(4) == 4 * 31
 
 
-@pytest.mark.parametrize("options", [{"dimensions": 0}, {"length": 2}, {"scale": 0.0}])
+@pytest.mark.parametrize("options", [{"dimensions": 0}, {"length": 2}, {"scale": 0.0}, {"scale": math.inf}, {"scale": math.nan}])
 def test_wrong_sizes_are_refused(options):
-    with pytest.raises(GateworkError, match="dimensions must be at least 1, length at least 3 and scale positive, got"):
+    with pytest.raises(GateworkError, match="dimensions must be at least 1, length at least 3 and scale positive and finite, got"):
         make_task("in_context_ar", **options)
     with pytest.raises(GateworkError, match="start must be"):
         make_task("in_context_ar", start="uniform")

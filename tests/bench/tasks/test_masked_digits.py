@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -72,6 +74,7 @@ def test_the_score_is_the_error_of_the_hidden_pixels():
         ({"ratio": 1.0}, "ratio 1.0 of 16 patches must hide and show at least one"),
         ({"patch": 4, "ratio": 0.9}, "ratio 0.9 of 4 patches"),
         ({"ratio": 0.0}, "ratio 0.0"),
+        ({"ratio": math.nan}, "ratio nan of 16 patches"),
     ],
 )
 def test_wrong_options_meet_one_sentence(options, message):

@@ -100,8 +100,12 @@ def test_the_exact_posterior_in_bars_has_a_small_gap_and_the_prior_a_large_one()
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"points": 1}, "inputs is at least 1, points at least 2, the three scales are positive, not 1, 1, 0.1, 0.1 and 0.1"),
+        ({"points": 1}, "points at least 2, the three scales are positive and finite, not 1, 1, 0.1, 0.1 and 0.1"),
         ({"noise": 0.0}, "not 1, 30, 0.1, 0.1 and 0.0"),
+        ({"noise": math.nan}, "positive and finite, not 1, 30, 0.1, 0.1 and nan"),
+        ({"outputscale": math.inf}, "positive and finite, not 1, 30, 0.1, inf and 0.1"),
+        ({"noise": 1e-18}, "noise of at least 1e-10 outputscale and a lengthscale of at least 1e-100, not 1e-18, 0.1 and 0.1"),
+        ({"lengthscale": 1e-300}, "not 0.1, 0.1 and 1e-300"),
         ({"inputs": 2, "equidistant": True}, "points are equidistant on a line: that takes 1 input, not 2"),
         ({"bars": 1}, "100000 samples cannot be divided among 1 bars"),
     ],

@@ -61,7 +61,7 @@ def test_longer_rows_hold_as_many_tokens(fixed_places):
     ("options", "sentence"),
     [
         ({"vocab_size": 3}, "vocab_size must be at least 4 .* got 3"),
-        ({"copied": 0}, "0 tokens to copy need a length of at least 2, got 72"),
+        ({"copied": 0}, "copied must be at least 1, got 0"),
         ({"copied": 37}, "37 tokens to copy need a length of at least 74, got 72"),
     ],
 )
