@@ -44,6 +44,7 @@ class BarDistribution(Component):
 
     Raises:
         ValueError: borders that are fewer than 3, not finite, or do not rise.
+        PartError: another number of logits than bars, or y that are not one for each row of logits.
     """
 
     family = "learner"
@@ -68,6 +69,8 @@ class BarDistribution(Component):
     def forward(self, logits: Float[Tensor, "*B n"], y: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
         """Log-densities."""
         logits, borders = self._checked(logits)
+        if y.shape != logits.shape[:-1]:
+            raise PartError(f"each y has its own logits: for logits of {tuple(logits.shape)} not y of {tuple(y.shape)}")
         y = y.to(logits.dtype)
         widths = borders.diff()
         bar = torch.searchsorted(borders[1:-1].contiguous(), y.contiguous())
@@ -104,8 +107,11 @@ def equal_mass(samples: Float[Tensor, "*N"], bars: int) -> Float[Tensor, "n"]:
     begins, the outermost at the smallest and the largest. The samples that are left over after an equal division do not count.
 
     Raises:
-        ValueError: fewer than 2 bars, fewer samples than bars, or so many equal samples that a bar would have no width.
+        ValueError: samples that are not finite, fewer than 2 bars, fewer samples than bars, or so many equal
+            samples that a bar would have no width.
     """
+    if not samples.isfinite().all():
+        raise ValueError("bars of equal mass take finite samples")
     count = samples.numel() // max(bars, 1)
     if bars < 2 or count < 1:
         raise ValueError(f"{samples.numel()} samples cannot be divided among {bars} bars: it takes 2 bars, and a sample for each")

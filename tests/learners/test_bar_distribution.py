@@ -92,3 +92,12 @@ def test_wrong_use_meets_one_sentence():
         equal_mass(torch.rand(3), 1)
     with pytest.raises(ValueError, match="too many samples are equal for 2 bars"):
         equal_mass(torch.zeros(8), 2)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="bars of equal mass take finite samples"):
+            equal_mass(torch.tensor([0.0, 1.0, 2.0, wrong]), 2)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), ()])
+def test_every_y_needs_logits_of_its_own(unchecked, shape):
+    with pytest.raises(PartError, match=r"each y has its own logits: for logits of \(3, 4\) not y of "):
+        made()[0](torch.zeros(3, 4), torch.zeros(shape))
