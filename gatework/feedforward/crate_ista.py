@@ -17,12 +17,15 @@ Difference: the official code multiplies D^T y and D^T D y apart; here D^T (y - 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from gatework.core.contracts import FeedForward, in_backward
+from gatework.core.errors import PartError
 from gatework.core.registry import register
 
 
@@ -49,6 +52,7 @@ class CrateISTA(FeedForward):
 
     Raises:
         ValueError: a width below 1, a step that is not positive, a negative threshold.
+        PartError: inputs of another width, a mask that is not one bool per token.
     """
 
     owns_residual = True
@@ -57,8 +61,8 @@ class CrateISTA(FeedForward):
         super().__init__()
         if d_model < 1:
             raise ValueError(f"d_model must be at least 1, got {d_model}")
-        if step <= 0 or threshold < 0:
-            raise ValueError(f"step must be positive and threshold at least 0, got {step} and {threshold}")
+        if not (0 < step < math.inf and 0 <= threshold < math.inf):
+            raise ValueError(f"step must be positive and threshold at least 0, both finite, got {step} and {threshold}")
         self.d_model, self.step, self.threshold = d_model, step, threshold
         self.norm = nn.LayerNorm(d_model)
         self.dictionary = nn.Parameter(torch.empty(d_model, d_model))
@@ -70,6 +74,11 @@ class CrateISTA(FeedForward):
 
     def forward(self, x: Float[Tensor, "*B D"], mask: Bool[Tensor, "*B"] | None = None) -> Float[Tensor, "*B D"]:
         """The codes of all tokens; ``mask`` keeps padding out of the metric."""
+        if x.shape[-1:] != (self.d_model,):
+            raise PartError(f"CrateISTA was built for width {self.d_model}, not for inputs of shape {tuple(x.shape)}")
+        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+            wanted = tuple(x.shape[:-1])
+            raise PartError(f"mask has one bool per token, shape {wanted}, not {tuple(mask.shape)} of {mask.dtype}")
         y = self.norm(x)
         missing = y - F.linear(y, self.dictionary)
         z = F.relu(y + self.step * F.linear(missing, self.dictionary.t()) - self.step * self.threshold)

@@ -73,6 +73,8 @@ class MemoryLayer(FeedForward):
 
     def read(self, x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N k"], Int[Tensor, "N k"]]:
         """The k slots of each input, best first, and their weights, which sum to 1."""
+        if x.dim() != 2 or x.shape[1] != self.keys.shape[1]:
+            raise PartError(f"MemoryLayer reads inputs of shape (tokens, {self.keys.shape[1]}), not {tuple(x.shape)}")
         scores, slots = _Best.apply(x, self.keys.to(x.dtype), self.k)
         return scores.to(torch.promote_types(x.dtype, torch.float32)).softmax(-1).to(x.dtype), slots
 

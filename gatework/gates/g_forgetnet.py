@@ -65,7 +65,7 @@ class GForgetNet(Component):
 
     def values(self, x: Float[Tensor, "*B I"], h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """The gates g."""
-        if x.shape[-1] != self.inputs or h.shape[-1] != self.d_model or x.shape[:-1] != h.shape[:-1]:
+        if x.shape[-1:] != (self.inputs,) or h.shape[-1:] != (self.d_model,) or x.shape[:-1] != h.shape[:-1]:
             wanted = f"(..., {self.inputs}) and (..., {self.d_model})"
             given = f"{tuple(x.shape)} and {tuple(h.shape)}"
             raise PartError(f"inputs and state have the shapes {wanted} with the same rows, not {given}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatework.core import metrics
+from gatework.core import PartError, metrics
 from gatework.core.cost import count_flops
 from gatework.feedforward import CrateISTA
 
@@ -132,10 +132,20 @@ def test_its_start_and_its_size():
     ("settings", "message"),
     [
         ({"d_model": 0}, "d_model must be at least 1, got 0"),
-        ({"step": 0.0}, "step must be positive and threshold at least 0, got 0.0 and 0.5"),
+        ({"step": 0.0}, "step must be positive and threshold at least 0, both finite, got 0.0 and 0.5"),
         ({"threshold": -1.0}, "got 0.1 and -1.0"),
+        ({"step": math.nan}, "got nan and 0.5"),
+        ({"threshold": math.inf}, "got 0.1 and inf"),
     ],
 )
 def test_wrong_settings_meet_one_sentence(settings, message):
     with pytest.raises(ValueError, match=message):
         CrateISTA(**({"d_model": D} | settings))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 4, dtype=torch.bool), torch.ones(3, dtype=torch.bool), torch.ones(2, 3)])
+def test_inputs_that_do_not_fit_meet_one_sentence(unchecked, mask):
+    with pytest.raises(PartError, match=r"CrateISTA was built for width 6, not for inputs of shape \(2, 5\)"):
+        CrateISTA(6)(torch.zeros(2, 5))
+    with pytest.raises(PartError, match=r"mask has one bool per token, shape \(2, 3\), not "):
+        CrateISTA(6)(torch.zeros(2, 3, 6), mask=mask)

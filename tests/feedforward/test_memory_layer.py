@@ -102,3 +102,9 @@ def test_sizes_and_their_errors():
         build("memory_layer(k=0)", d_model=4)
     with pytest.raises(PartError, match=r"MemoryLayer was built for width 4, not for inputs of shape \(2, 5\)"):
         MemoryLayer(4)(torch.zeros(2, 5))
+
+
+def test_slots_are_read_by_a_list_of_tokens(unchecked):
+    for shape in ((2, 5), (1, 2, 4), (4,)):
+        with pytest.raises(PartError, match=rf"MemoryLayer reads inputs of shape \(tokens, 4\), not \({shape[0]},"):
+            MemoryLayer(4, k=8).read(torch.zeros(shape))

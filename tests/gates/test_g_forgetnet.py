@@ -65,3 +65,9 @@ def test_wrong_widths_are_refused():
     part, _, h = given()
     with pytest.raises(PartError, match=r"shapes \(\.\.\., 3\) and \(\.\.\., 4\) with the same rows, not \(2, 5, 4\)"):
         part(h, h)
+
+
+def test_numbers_without_channels_are_refused(unchecked):
+    for x, h in ((torch.zeros(()), torch.zeros(4)), (torch.zeros(3), torch.zeros(()))):
+        with pytest.raises(PartError, match=r"inputs and state have the shapes \(\.\.\., 3\) and \(\.\.\., 4\)"):
+            GForgetNet(3, 4)(x, h)
