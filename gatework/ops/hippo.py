@@ -20,6 +20,7 @@ Two ways around that:
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from jaxtyping import Complex, Float
@@ -94,10 +95,10 @@ def perturbation(kind: str, n: int, epsilon: float) -> Float[Tensor, "N N"]:
     """The perturbation E of HiPPO-LegS by name, "optimised" or "random".
 
     Raises:
-        ValueError: for another name, no states, or an ``epsilon`` that is not positive.
+        ValueError: for another name, no states, or an ``epsilon`` that is not positive and finite.
     """
-    if n < 1 or epsilon <= 0:
-        raise ValueError(f"d_state must be at least 1 and epsilon positive, got {n} and {epsilon}")
+    if n < 1 or not 0 < epsilon < math.inf:
+        raise ValueError(f"d_state must be at least 1 and epsilon positive and finite, got {n} and {epsilon}")
     if kind not in ("optimised", "random"):
         raise ValueError(f"perturbation is 'optimised' or 'random', not {kind!r}")
     return optimised_perturbation(n, epsilon) if kind == "optimised" else random_perturbation(n, epsilon)

@@ -76,7 +76,7 @@ def test_what_the_state_costs():
     ("settings", "message"),
     [
         ({"d_state": 0}, "d_state must be at least 1"),
-        ({"epsilon": -1.0}, "epsilon positive, got 8 and -1.0"),
+        ({"epsilon": -1.0}, "epsilon positive and finite, got 8 and -1.0"),
         ({"perturbation": "random", "epsilon": 0.3, "d_state": 32}, "take a smaller epsilon"),
     ],
 )

@@ -143,7 +143,9 @@ def test_optimised_perturbations_are_better_conditioned():
     ("given", "message"),
     [
         (("optimised", 0, 0.1), "d_state must be at least 1"),
-        (("random", 8, 0.0), "epsilon positive"),
+        (("random", 8, 0.0), "epsilon positive and finite, got 8 and 0.0"),
+        (("random", 8, math.nan), "got 8 and nan"),
+        (("optimised", 8, math.inf), "got 8 and inf"),
         (("best", 8, 0.1), "'optimised' or 'random', not 'best'"),
     ],
 )
