@@ -97,6 +97,8 @@ class System(ABC):
 
     #: The length of chunks that is fastest.
     chunk: ClassVar[int] = 64
+    #: M, the inputs of a group.
+    inputs: ClassVar[int] = 1
 
     factor: Pair
 
@@ -146,6 +148,7 @@ class ComplexScan(System):
     """``h_t = a h_(t-1) + u_t`` with one complex number per group, ``factor`` (G, 1); input and output are (real, imaginary)."""
 
     chunk = 32
+    inputs = 2
 
     def step(self, state: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`System`."""
@@ -233,7 +236,12 @@ def cauchy_kernel(
         r(a, b) = sum_n 2 step a_n b_n / (2 (1 - w) - step Lambda_n (1 + w))    over all n, conjugates too
 
     The factor 2 / (1 + w) of the textbook's Cauchy sums is multiplied in, so w = -1 is no pole. O(L N) time and memory per group.
+
+    Raises:
+        ValueError: for a ``length`` below 1.
     """
+    if length < 1:
+        raise ValueError(f"a kernel has at least one entry, not {length}")
     system = LowRankSystem.bilinear(rate, p, b, c, step)
     ended = system.c - (torch.linalg.matrix_power(system.matrix(), length) @ system.c[..., None])[..., 0]
     re, im = ended.chunk(2, -1)
@@ -261,8 +269,9 @@ def state_space(
 
     Args:
         system: of G groups, in float32 or better; the inputs are computed in its dtype.
-        u: inputs (B, T, M G), the first inputs of all groups before the second ones; zero where ``real`` is False. So are the
-        outputs. state: the state before the first token; None is zero.
+        u: inputs (B, T, M G), the first inputs of all groups before the second ones; zero where ``real`` is False. The outputs
+            lie in the same order.
+        state: the state before the first token; None is zero.
         real: True for real tokens, the first of each row; None where all are.
         segments: ids of packed documents (equal ids contiguous), each of which starts with a zero state; without ``state``.
         chunk: the chunks' length, a power of two; None is the system's own.
@@ -270,13 +279,21 @@ def state_space(
     Memory and time are linear in T. Double backward is not supported.
 
     Raises:
-        ValueError: for a chunk length that is no power of two, or a state beside segments.
+        ValueError: for a chunk length that is no power of two, a state beside segments, or inputs of other sizes.
     """
     chunk = system.chunk if chunk is None else chunk
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"the chunk length must be a power of two, got {chunk}")
     if state is not None and segments is not None:
         raise ValueError("packed documents start with a zero state: give segments or a state, not both")
+    groups, size = system.state_shape
+    if u.shape[2] != system.inputs * groups:
+        raise ValueError(f"{groups} groups have {system.inputs * groups} inputs per token, not {u.shape[2]}")
+    if state is not None and state.shape != (len(u), groups, size):
+        raise ValueError(f"the state is (B, G, S) = {(len(u), groups, size)}, not {tuple(state.shape)}")
+    for name, tokens in (("real", real), ("segments", segments)):
+        if tokens is not None and tokens.shape != u.shape[:2]:
+            raise ValueError(f"{name} is (B, T) = {tuple(u.shape[:2])}, not {tuple(tokens.shape)}")
     with without_autocast(u.device):
         dtype = system.factor[0].dtype
         u = u.to(dtype)

@@ -297,17 +297,34 @@ def test_convolution_with_the_cauchy_kernel_equals_the_recurrence():
     torch.testing.assert_close(state_space(built("low_rank", p), u, chunk=8)[0], y, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("length", [3, 5])
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"chunk": 12}, "power of two, got 12"),
         ({"chunk": 0}, "power of two, got 0"),
-        ({"segments": True}, "segments or a state, not both"),
+        ({"segments": (B, 5), "state": (B, G, 2 * N)}, "segments or a state, not both"),
+        ({"state": (1, G, 2 * N)}, r"the state is \(B, G, S\) = \(2, 3, 8\), not \(1, 3, 8\)"),
+        ({"segments": (B, 2)}, r"segments is \(B, T\) = \(2, \d\), not \(2, 2\)"),
+        ({"real": (B, 6)}, r"real is \(B, T\) = \(2, \d\), not \(2, 6\)"),
     ],
 )
-def test_wrong_calls(given, message):
-    u, state = inputs("diagonal", 5)
-    if "segments" in given:
-        given = {"segments": torch.zeros(B, 5, dtype=torch.long), "state": state}
+def test_wrong_calls(unchecked, length, given, message):
+    kinds = {"segments": torch.long, "state": torch.float64, "real": torch.bool}
+    given = {name: torch.ones(value, dtype=kinds[name]) if name in kinds else value for name, value in given.items()}
+    u, _ = inputs("diagonal", length)
     with pytest.raises(ValueError, match=message):
         state_space(built("diagonal", leaves("diagonal")), u, **given)
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("diagonal", G), ("low_rank", G), ("scan", 2 * G)])
+def test_inputs_that_the_groups_do_not_take(kind, wanted):
+    for width in (0, 1, 3 * G):
+        with pytest.raises(ValueError, match=f"3 groups have {wanted} inputs per token, not {width}"):
+            state_space(built(kind, leaves(kind)), torch.zeros(B, 5, width, dtype=torch.float64))
+
+
+def test_a_kernel_of_no_length():
+    x = torch.ones(G, N)
+    with pytest.raises(ValueError, match="at least one entry, not 0"):
+        cauchy_kernel((-x, x), (x, x), (x, x), (x, x), x[:, :1], 0)
