@@ -39,14 +39,23 @@ def block_sparse_attention(
         seen: which blocks each query reads, of those that its block keeps; None is all. The own block is always read.
 
     Raises:
-        ValueError: where the head counts do not divide, or the number of blocks is another.
+        ValueError: where the head counts do not divide, the number of blocks is another, or other sizes do not fit.
     """
-    batch, heads, length, _ = q.shape
+    batch, heads, length, width = q.shape
     groups, choosers, count = k.shape[1], kept.shape[1], kept.shape[2]
-    if choosers % groups or heads % choosers:
+    if k.shape != (batch, groups, length, width) or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            "queries, keys and values have as many sequences and tokens, queries and keys as many channels, keys and values as "
+            f"many heads; got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if not groups or not choosers or choosers % groups or heads % choosers:
         raise ValueError(f"{choosers} choosers are no multiple of the {groups} key heads, or no divisor of the {heads} query heads")
     if block < 1 or count != -(-length // block):
         raise ValueError(f"{length} tokens have ceil({length} / {block}) blocks of {block}, not the {count} that kept is for")
+    if kept.shape != (batch, choosers, count, count):
+        raise ValueError(f"kept is {(batch, choosers, count, count)}, not {tuple(kept.shape)}")
+    if seen is not None and seen.shape != (batch, choosers, length, count):
+        raise ValueError(f"seen is {(batch, choosers, length, count)}, not {tuple(seen.shape)}")
     kept = kept.tril()
     kept = kept | (kept.any(-1, keepdim=True) & torch.eye(count, dtype=torch.bool, device=kept.device))
     missing = count * block - length

@@ -100,3 +100,22 @@ def test_wrong_sizes():
         block_sparse_attention(q, k, v, choice(3, 2), 4)
     with pytest.raises(ValueError, match=r"8 tokens have ceil\(8 / 4\) blocks of 4, not the 3"):
         block_sparse_attention(q, k, v, choice(2, 3), 4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"k": (1, 2, 7, 3)}, r"got \(1, 4, 8, 3\), \(1, 2, 7, 3\) and"),
+        ({"k": (1, 2, 8, 4)}, r"got \(1, 4, 8, 3\), \(1, 2, 8, 4\) and"),
+        ({"v": (1, 1, 8, 3)}, r"and \(1, 1, 8, 3\)"),
+        ({"k": (1, 0, 8, 3), "v": (1, 0, 8, 3)}, "4 choosers are no multiple of the 0 key heads"),
+        ({"kept": (2, 4, 2, 2)}, r"kept is \(1, 4, 2, 2\), not \(2, 4, 2, 2\)"),
+        ({"kept": (1, 4, 2, 1)}, r"kept is \(1, 4, 2, 2\), not \(1, 4, 2, 1\)"),
+        ({"seen": (1, 4, 8, 1)}, r"seen is \(1, 4, 8, 2\), not \(1, 4, 8, 1\)"),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other(unchecked, wrong, message):
+    shapes = {"q": (1, 4, 8, 3), "k": (1, 2, 8, 3), "v": (1, 2, 8, 3), "kept": (1, 4, 2, 2), "seen": (1, 4, 8, 2)} | wrong
+    given = {name: torch.ones(shape, dtype=torch.bool if name in ("kept", "seen") else None) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(**given, block=4)
