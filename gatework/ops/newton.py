@@ -124,12 +124,21 @@ def newton_recurrence(
     operation.
 
     Raises:
-        ValueError: for a ``chunk`` below 1 or negative ``iterations``.
+        ValueError: for a ``chunk`` below 1, negative ``iterations``, or sizes that are not the cell's.
     """
     if (chunk is not None and chunk < 1) or (iterations is not None and iterations < 0):
         raise ValueError(f"chunk must be at least 1 and iterations at least 0, got {chunk} and {iterations}")
     batch, length = gates.shape[:2]
     channels = gates.shape[3:]
+    if not channels or gates.shape[2] != cell.gates or weight.shape != (cell.weights, *channels):
+        raise ValueError(
+            f"cell {cell.name!r} has gates (B, T, {cell.gates}, *channels) and weights ({cell.weights}, *channels) of the same "
+            f"channels, not {tuple(gates.shape)} and {tuple(weight.shape)}"
+        )
+    if state is not None and state.shape != (cell.states, batch, *channels):
+        raise ValueError(f"the state is {(cell.states, batch, *channels)}, not {tuple(state.shape)}")
+    if segments is not None and segments.shape != (batch, length):
+        raise ValueError(f"segments are (B, T) = {(batch, length)}, not {tuple(segments.shape)}")
     dtype = torch.promote_types(gates.dtype, torch.float32)
     with without_autocast(gates.device):
         if state is None:

@@ -290,6 +290,24 @@ def test_wrong_settings(settings):
         newton_recurrence(GRUCell, *inputs(GRUCell, 4), **settings)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gates": (2, 5, 2, 4)}, r"gates \(B, T, 3, \*channels\) .*, not \(2, 5, 2, 4\) and \(3, 4\)"),
+        ({"gates": (2, 5, 3), "weight": (3,)}, r"not \(2, 5, 3\) and \(3,\)"),
+        ({"weight": (4, 4)}, r"weights \(3, \*channels\) .* and \(4, 4\)"),
+        ({"weight": (3, 1)}, r"not \(2, 5, 3, 4\) and \(3, 1\)"),
+        ({"state": (1, 1, 4)}, r"the state is \(1, 2, 4\), not \(1, 1, 4\)"),
+        ({"segments": (1, 5)}, r"segments are \(B, T\) = \(2, 5\), not \(1, 5\)"),
+        ({"segments": (2, 4)}, r"not \(2, 4\)"),
+    ],
+)
+def test_sizes_that_are_not_the_cells(unchecked, wrong, message):
+    shapes = {"gates": (2, 5, 3, 4), "weight": (3, 4)} | wrong
+    with pytest.raises(ValueError, match=message):
+        newton_recurrence(GRUCell, **{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
 @pytest.mark.compile
 @CELLS
 def test_compiled_with_chunks_and_documents(cell):
